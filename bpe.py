@@ -304,14 +304,14 @@ class Tokenizer:
         """The text that the ids spell; bytes that are no UTF-8 (half a character, say) become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
-    def save(self, path) -> None:
-        """Write the `tokenizer.json` that `tokenizers` and `transformers` open."""
+    def to_json(self) -> dict:
+        """The content of `tokenizer.json`."""
         alphabet = byte_alphabet()
         shown = {i: "".join(alphabet[byte] for byte in spelled) for i, spelled in self.spelling.items()}
         shown |= {i: token for token, i in self.special.items()}
         flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
         byte_level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
-        content = {
+        return {
             "version": "1.0",
             "truncation": None,
             "padding": None,
@@ -326,9 +326,12 @@ class Tokenizer:
                 "merges": [[shown[ord(left)], shown[ord(right)]] for left, right in self.merges],
             },
         }
+
+    def save(self, path) -> None:
+        """Write the `tokenizer.json` that `tokenizers` and `transformers` open."""
         temporary = f"{path}.{os.getpid()}.tmp"
         with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(content, file, ensure_ascii=False, indent=1)
+            json.dump(self.to_json(), file, ensure_ascii=False, indent=1)
         os.replace(temporary, path)
 
     @classmethod
