@@ -59,6 +59,16 @@ def cache_folder() -> Path:
 
 
 @contextlib.contextmanager
+def naming(path):
+    """Errors of writing within it come out as an OSError that names `path` and says what to look at."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
+        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+        raise OSError(f"cannot write {path}: {reason}; is there space left, and permission?") from None
+
+
+@contextlib.contextmanager
 def replacing(path, mode: str = "wb"):
     """Open a temporary file beside `path` that takes its place once it is written whole and on the disk.
 
@@ -67,17 +77,16 @@ def replacing(path, mode: str = "wb"):
     """
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
+    with naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, mode) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OSError(f"cannot write {path}: {error.strerror or error}; is there space and permission?") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+        try:
+            with open(temporary, mode) as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -141,7 +150,7 @@ def _fetch(requests, url: str, part: Path, have: int) -> bool:
         length = answer.headers.get("Content-Length")
         total = have + int(length) if length else None
         with open(part, "ab" if have else "wb") as file:
-            for block in answer.iter_content(1 << 18):
+            for block in answer.iter_content(1 << 14):  # of a block that is cut off, nothing arrives
                 file.write(block)
                 have += len(block)
                 _show_download(url, have, total)
@@ -283,26 +292,21 @@ def fingerprint(files: list[Path], *extra) -> str:
 # ---------------------------------------------------------------------------------------------------
 
 
-def document_ends(path: Path) -> np.ndarray:
-    """Where each separator ends, and the line break behind it: byte offsets, (n,) int64."""
-    if path.stat().st_size == 0:
+def split_point(path: Path) -> int:
+    """The byte at which the last tenth begins: of the documents, or of the text where it is one stream."""
+    size = path.stat().st_size
+    if size == 0:
         raise ValueError(f"{path} is empty: there is nothing to learn from")
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
         found = re.finditer(re.escape(SEPARATOR).encode() + b"\n?", text)
-        return np.fromiter((match.end() for match in found), np.int64)
-
-
-def split_point(path: Path, ends: np.ndarray) -> int:
-    """The byte at which the last tenth begins: of the documents, or of the text where it is one stream."""
-    size = path.stat().st_size
-    with open(path, "rb") as file:
+        ends = np.fromiter((match.end() for match in found), np.int64)
         if len(ends):
-            file.seek(ends[-1])
-            documents = len(ends) + bool(file.read(64).strip())  # text after the last separator is one more
+            documents = len(ends) + bool(text[ends[-1] :].strip())  # text after the last separator is one more
             return int(ends[max(int(documents * 0.9), 1) - 1])
-        file.seek(size * 9 // 10)
-        inside = itertools.takewhile(lambda byte: byte & 0xC0 == 0x80, file.read(4))  # of a character
-        return size * 9 // 10 + len(list(inside))
+        point = size * 9 // 10
+        while point < size and text[point] & 0xC0 == 0x80:  # inside a character
+            point += 1
+        return point
 
 
 def pieces(path: Path, start: int, stop: int) -> list[tuple[Path, int, int]]:
@@ -357,12 +361,12 @@ load_tokenizer = functools.lru_cache(1)(Tokenizer.load)  # each process loads it
 
 
 def encode_piece(job: tuple[tuple, Path, int, str]) -> np.ndarray:
-    """Ids of a piece, with `separator_id` for each separator. job: (piece, tokenizer's path, separator_id, dtype)"""
-    piece, tokenizer_path, separator_id, dtype = job
+    """Ids of a piece, with the token `separator` for each SEPARATOR. job: (piece, tokenizer's path, separator, dtype)"""
+    piece, tokenizer_path, separator, dtype = job
     tokenizer = load_tokenizer(tokenizer_path)
     ids = []
     for i, document in enumerate(read_piece(piece)):
-        ids += [separator_id] if i else []
+        ids += [tokenizer.special[separator]] if i else []
         ids += tokenizer.encode(document)
     return np.array(ids, dtype)
 
@@ -407,58 +411,64 @@ def prepare(source: str, vocab_size: int, special_tokens, separator: str, tokeni
     Raises ValueError or OSError when the source cannot be used.
     """
     files = find_source(source)
-    settings = hashlib.sha256(json.dumps(tokenizer.to_json()).encode()).hexdigest() if tokenizer else vocab_size
-    key = fingerprint(list(files.values()), settings, list(special_tokens), separator, "2")
-    folder = cache_folder() / "tokens" / key
+    texts = list(files.values())
+    if tokenizer is None:
+        path = cache_folder() / "tokenizers" / f"{fingerprint(texts, vocab_size, list(special_tokens))}.json"
+        if not path.exists():
+            counts = Counter()
+            for counted in parallel(count_piece, plan(files)["train"]):
+                counts.update(counted)
+            with replacing(path, "w") as file:
+                json.dump(Tokenizer.from_counts(counts, vocab_size, special_tokens).to_json(), file)
+        tokenizer = Tokenizer.load(path)
+    folder = cache_folder() / "tokens" / fingerprint(texts, tokenizer.to_json(), separator)
     if not (folder / "corpus.json").exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        making = Path(tempfile.mkdtemp(prefix=f"{key}.", dir=folder.parent))
+        with naming(folder):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            making = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
         try:
-            _tokenize(files, making, vocab_size, special_tokens, separator, tokenizer)
-            try:
+            encode_corpus(plan(files), making, tokenizer, separator)
+            with contextlib.suppress(OSError):  # another process was faster
                 os.replace(making, folder)
-            except OSError:  # another process was faster
-                if not (folder / "corpus.json").exists():
-                    raise
         finally:
             shutil.rmtree(making, ignore_errors=True)
     facts = json.loads((folder / "corpus.json").read_text())
-    tokens = {part: np.memmap(folder / f"{part}.bin", facts["dtype"], "r") for part in ("train", "validation")}
-    return Corpus(tokenizer or Tokenizer.load(folder / "tokenizer.json"), documents=facts["documents"], **tokens)
+    parts = {part: np.memmap(folder / f"{part}.bin", facts["dtype"], "r") for part in ("train", "validation")}
+    return Corpus(tokenizer, parts["train"], parts["validation"], facts["documents"])
 
 
-def _tokenize(files: dict[str, Path], folder: Path, vocab_size, special_tokens, separator, tokenizer) -> None:
-    """Write tokenizer.json, train.bin, validation.bin and corpus.json into `folder`."""
-    ends = document_ends(files["train"])
+def plan(files: dict[str, Path]) -> dict[str, list]:
+    """The pieces of the training and of the validation part."""
     end = files["train"].stat().st_size
-    split = end if "validation" in files else split_point(files["train"], ends)
-    parts = {"train": pieces(files["train"], 0, split)}
     if "validation" in files:
-        parts["validation"] = pieces(files["validation"], 0, files["validation"].stat().st_size)
-    else:
-        parts["validation"] = pieces(files["train"], split, end)
-    if tokenizer is None:
-        counts = Counter()
-        for counted in parallel(count_piece, parts["train"]):
-            counts.update(counted)
-        tokenizer = Tokenizer.from_counts(counts, vocab_size, special_tokens)
-    tokenizer.save(folder / "tokenizer.json")
+        other = files["validation"]
+        return {"train": pieces(files["train"], 0, end), "validation": pieces(other, 0, other.stat().st_size)}
+    split = split_point(files["train"])
+    return {"train": pieces(files["train"], 0, split), "validation": pieces(files["train"], split, end)}
 
+
+def encode_corpus(parts: dict[str, list], folder: Path, tokenizer: Tokenizer, separator: str) -> None:
+    """Write train.bin, validation.bin and corpus.json into `folder`.
+
+    A part is: separator document separator document ... separator. A text that is one stream is one document.
+    """
+    with naming(folder):
+        tokenizer.save(folder / "tokenizer.json")
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
-    separator_id = tokenizer.special[separator]
-    documents = 0
+    edge, documents = np.array([tokenizer.special[separator]], dtype), 0
     for part, cut in parts.items():
-        jobs = [(piece, folder / "tokenizer.json", separator_id, dtype) for piece in cut]
-        edge = np.array([separator_id] if len(ends) else [], dtype)  # separator document separator ...
+        jobs = [(piece, folder / "tokenizer.json", separator, dtype) for piece in cut]
         with open(folder / f"{part}.bin", "wb") as file:
-            edge.tofile(file)
-            for ids in parallel(encode_piece, jobs):
-                documents += int((ids == separator_id).sum())
-                ids.tofile(file)
-            if len(ends) and ids[-1] != separator_id:
-                documents += 1
-                edge.tofile(file)
-    (folder / "corpus.json").write_text(json.dumps(dict(dtype=dtype, documents=max(documents, 1))))
+            last = None
+            for ids in itertools.chain([edge], parallel(encode_piece, jobs), [edge]):
+                ids = ids[1:] if last == edge and ids is edge else ids  # the text itself ended in a separator
+                documents += int((ids == edge).sum())
+                last = ids[-1:] if len(ids) else last
+                with naming(folder):
+                    file.write(ids.tobytes())
+        documents -= 1  # n documents have n + 1 separators around them
+    documents = documents if documents > len(parts) else 1  # one text, cut in two
+    (folder / "corpus.json").write_text(json.dumps(dict(dtype=dtype, documents=documents)))
 
 
 def random_corpus(vocab_size: int, length: int, special_tokens) -> Corpus:
@@ -655,17 +665,17 @@ def add_flags(parser: argparse.ArgumentParser, cls, defaults: dict) -> None:
     group, hints, helps = parser.add_argument_group(cls.__name__), typing.get_type_hints(cls), comments(cls)
     for field in dataclasses.fields(cls):
         hint = hints[field.name]
-        options = dict(help=helps[field.name], metavar="")
+        options, notes = dict(metavar=""), []
         if typing.get_origin(hint) is typing.Literal:
             options["choices"] = typing.get_args(hint)
-            options["help"] += f": {', '.join(options['choices'])}"
+            notes.append(", ".join(options["choices"]))
         else:
             kind = next((kind for kind in (bool, int, float) if kind in (hint, *typing.get_args(hint))), str)
             options["type"] = boolean if kind is bool else kind
         default = defaults.get(field.name, field.default)
         if default not in (None, dataclasses.MISSING):
-            options["help"] += f" (default {str(default).lower() if isinstance(default, bool) else default})"
-        options["help"] = options["help"].replace("%", "%%")
+            notes.append(f"default {json.dumps(default).strip(chr(34))}" if default != "" else "default: none")
+        options["help"] = (helps[field.name] + (f" ({'; '.join(notes)})" if notes else "")).replace("%", "%%")
         group.add_argument(f"--{field.name}", default=argparse.SUPPRESS, **options)
 
 
@@ -680,14 +690,17 @@ def defaults_of(classes) -> dict:
     return {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
 
 
-def read_settings(path: str) -> dict:
-    """A file of settings (run.json, or your own). Raises ValueError where it is no JSON object."""
+def read_settings(path: str, classes) -> dict:
+    """A file of settings (run.json, or your own): fields of the dataclasses. Raises ValueError for anything else."""
     try:
         settings = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(settings, dict):
         raise ValueError(f'{path} is not a JSON object like {{"n_layer": 6}}')
+    unknown = settings.keys() - {field.name for cls in classes for field in dataclasses.fields(cls)}
+    if unknown:
+        raise ValueError(f"{path}: there is no setting {', '.join(sorted(unknown))}")
     return settings
 
 

@@ -101,6 +101,9 @@ RECIPE = dict(max_steps=300, batch_size=32, lr=0.01, matrix_lr=0.03)  # what sui
 # ---------------------------------------------------------------------------------------------------
 
 
+LONG = 1024  # keys from which on the fused attention is the faster one on a CPU, too
+
+
 def attention(query, key, value, bias=None, causal=False, scale=None, dropout=0.0):
     """softmax(Q K^T * scale + bias) V: each query takes a weighted mean of the values (Vaswani, 3.2.1).
 
@@ -114,7 +117,7 @@ def attention(query, key, value, bias=None, causal=False, scale=None, dropout=0.
     if causal and (T != S or bias is not None or query.device.type == "cpu"):
         future = torch.full((T, S), float("-inf"), dtype=query.dtype, device=query.device).triu(1 + S - T)
         bias, causal = future if bias is None else bias + future, False
-    if query.device.type != "cpu" or S >= 1024 or T == 1:
+    if query.device.type != "cpu" or S >= LONG or T == 1:
         return F.scaled_dot_product_attention(query, key, value, bias, dropout, causal, scale=scale)
     scores = (query * scale) @ key.transpose(-2, -1)  # (B, nh, T, S)
     weights = F.softmax(scores if bias is None else scores + bias, dim=-1)
@@ -289,7 +292,7 @@ class GPT(nn.Module):
         logits = self.head(self.hidden(idx))
         if targets is None:
             return logits, None
-        return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
 
     def flops_per_token(self) -> float:
         """Floating-point operations of a training step per token: 2 forward and 4 backward per weight of a
@@ -365,7 +368,7 @@ def loss_sum(model: GPT, batch: dict):
     denominator: bits per byte = loss / ln 2 over bytes, which can be compared across tokenizers.
     """
     logits = model(batch["idx"])[0].flatten(0, 1)  # (B * T, V)
-    loss = F.cross_entropy(logits.float(), batch["targets"].flatten(), ignore_index=-100, reduction="sum")
+    loss = F.cross_entropy(logits, batch["targets"].flatten(), ignore_index=-100, reduction="sum")
     count = (batch["targets"] != -100).sum()
     metrics = {"bits_per_byte": (loss.detach() / math.log(2), batch["bytes"].sum())} if "bytes" in batch else {}
     return loss, count, metrics
@@ -395,7 +398,7 @@ def sample(logits, temperature: float = 1.0, top_k: int | None = None, top_p: fl
     return token.gather(-1, drawn)[:, 0]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def generate(
     model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop=None, use_cache=True, on_token=None
 ):
@@ -1052,7 +1055,7 @@ def run_command(arguments: list[str]) -> int:
         preset, path = given.pop("preset"), given.pop("config")
         if preset not in PRESETS:
             raise ValueError(f"there is no preset {preset}: the presets are {', '.join(PRESETS)}")
-        settings |= PRESETS[preset] | (read_settings(path) if path else {})
+        settings |= PRESETS[preset] | (read_settings(path, classes) if path else {})
     return command(defaults_of(classes) | settings | given, given)
 
 

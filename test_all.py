@@ -1,0 +1,953 @@
+"""All tests: `pytest test_all.py`. No network, no GPU; those that compare with `transformers` and
+`tokenizers` run where these are installed. What a test expects comes from elsewhere than the code it tests:
+a slow loop, float64, a worked example, or those two libraries."""
+
+import ast
+import collections
+import gzip
+import hashlib
+import http.server
+import io
+import json
+import math
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+import unicodedata
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import bpe
+import data
+import gpt
+
+ROOT = Path(__file__).parent
+END = "<|endoftext|>"
+TINY = dict(vocab_size=50, block_size=16, n_layer=2, n_head=2, n_embd=16)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    """Every test has its own cache folder and an empty working folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def own_seed():
+    torch.manual_seed(0)
+
+
+# ---------------------------------------------------------------------------------------------------
+# bpe.py
+# ---------------------------------------------------------------------------------------------------
+
+MIXED = "Don't we'll  go!\n\n\tIt's 3.14, naïve — 你好 мир १२ x² 𝔘𝔫𝔦 🙂\u3000end \x1c'S "
+
+
+def test_splitting_by_hand():
+    assert bpe.split_words(MIXED) == [
+        *("Don", "'t", " we", "'ll", " ", " go", "!", "\n\n", "\t", "It", "'s", " 3", ".", "14", ",", " naïve"),
+        *(" —", " 你好", " мир", " १२", " x", "²", " 𝔘𝔫𝔦", " 🙂", "\u3000", "end", " \x1c'", "S", " "),
+    ]
+
+
+def slow_merges(text: str, n: int) -> list[tuple[bytes, bytes]]:
+    """BPE as the paper tells it: count all pairs, merge the most frequent, begin again."""
+    rank = {byte: i for i, byte in enumerate(sorted(range(256), key=bpe.byte_alphabet().__getitem__))}
+    number = {bytes([byte]): i for byte, i in rank.items()}
+    words = [[bytes([byte]) for byte in word.encode()] for word in bpe.split_words(text)]
+    merges = []
+    for _ in range(n):
+        counts = collections.Counter(pair for word in words for pair in zip(word, word[1:]))
+        if not counts:
+            break
+        best = min(counts, key=lambda pair: (-counts[pair], number[pair[0]], number[pair[1]]))
+        merges.append(best)
+        number.setdefault(best[0] + best[1], len(number))
+        for word in words:
+            i = 0
+            while i < len(word) - 1:
+                if (word[i], word[i + 1]) == best:
+                    word[i : i + 2] = [best[0] + best[1]]
+                i += 1
+    return merges
+
+
+@pytest.mark.parametrize("text", ["low lower lowest newer newest wider", "aaaa aaa aa abab ababab baab", MIXED * 3])
+def test_merges_equal_the_slow_loop(text):
+    tok = bpe.Tokenizer.train(text, 256 + 30)
+    learned = [(tok.spelling[ord(pair[0])], tok.spelling[ord(pair[1])]) for pair in tok.merges]
+    assert learned == slow_merges(text, len(learned))
+    assert len(learned) >= 11
+
+
+def test_encoding_equals_merging_one_pair_at_a_time():
+    draw = random.Random(0)
+    text = " ".join("".join(draw.choice("aab") for _ in range(draw.randrange(1, 12))) for _ in range(400))
+    tok = bpe.Tokenizer.train(text, 256 + 60)
+    for word in set(bpe.split_words(text)):
+        parts = [chr(tok.byte_ids[byte]) for byte in word.encode()]
+        while True:
+            ranked = [(tok.merges[a + b][0], i) for i, (a, b) in enumerate(zip(parts, parts[1:])) if a + b in tok.merges]
+            if not ranked:
+                break
+            i = min(ranked)[1]
+            parts[i : i + 2] = [tok.merges[parts[i] + parts[i + 1]][1]]
+        assert tok.encode(word) == [ord(part) for part in parts]
+
+
+def test_round_trip_of_bytes_and_code_points():
+    tok = bpe.Tokenizer.train(MIXED * 5, 320, [END])
+    draw = random.Random(1)
+    for _ in range(5000):
+        raw = draw.randbytes(draw.randrange(16))
+        assert tok.decode_bytes(tok.encode(raw)) == raw
+    every = [chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000]
+    for start in range(0, len(every), 997):
+        text = "".join(every[start : start + 997])
+        assert tok.decode(tok.encode(text)) == text
+    assert tok.decode_bytes(tok.encode("\udcff")) == b"\xff"  # how Python gives a broken argument to a program
+    assert tok.decode(tok.encode("\ud800")) == "?"
+
+
+def test_special_tokens_are_plain_text_unless_asked_for(tmp_path):
+    tok = bpe.Tokenizer.train("some text " * 9, 262, ["<pad>", END])
+    text = f"some{END}text"
+    assert tok.special == {"<pad>": 0, END: 1}
+    assert 1 not in tok.encode(text)
+    assert tok.encode(text, allow_special=True) == [*tok.encode("some"), 1, *tok.encode("text")]
+    assert tok.decode(tok.encode(text)) == tok.decode(tok.encode(text, allow_special=True)) == text
+    tok.save(tmp_path / "tokenizer.json")
+    again = bpe.Tokenizer.load(tmp_path / "tokenizer.json")
+    assert again.to_json() == tok.to_json() and again.encode(MIXED) == tok.encode(MIXED)
+    assert again.vocab_size == tok.vocab_size == 262
+
+
+def test_tokenizer_mistakes(tmp_path):
+    with pytest.raises(ValueError, match="take 258; set --vocab_size 258"):
+        bpe.Tokenizer.train("x", 257, ["a", "b"])
+    with pytest.raises(ValueError, match="not in this vocabulary"):
+        bpe.Tokenizer.train("x", 256).decode([256])
+    good = bpe.Tokenizer.train("some text " * 9, 262, [END]).to_json()
+    for breakage in (
+        lambda t: t["model"].update(type="WordPiece"),
+        lambda t: t["model"]["vocab"].pop("!"),
+        lambda t: t["model"]["vocab"].update({"!": -1}),
+        lambda t: t["model"]["vocab"].update({"!": 1 << 40}),
+        lambda t: t["model"]["merges"].append(["nowhere", "x"]),
+        lambda t: t["pre_tokenizer"].update(add_prefix_space=True),
+        lambda t: t.pop("model"),
+    ):
+        broken = json.loads(json.dumps(good))
+        breakage(broken)
+        (tmp_path / "t.json").write_text(json.dumps(broken))
+        with pytest.raises(ValueError, match="t.json is not the tokenizer.json"):
+            bpe.Tokenizer.load(tmp_path / "t.json")
+
+
+def test_a_word_of_a_million_letters_is_no_trap():
+    tok = bpe.Tokenizer.train("abcabcab " * 99, 290)
+    ids = tok.encode("abc" * 300_000)
+    assert tok.decode(ids) == "abc" * 300_000
+
+
+def test_same_merges_and_ids_as_the_tokenizers_library(tmp_path):
+    hf = pytest.importorskip("tokenizers")
+    draw = random.Random(2)
+    every = [chr(code) for code in range(0x110000) if unicodedata.category(chr(code)) not in ("Cn", "Cs")]
+    draw.shuffle(every)
+    strange = "".join(draw.choice(["", "", " ", "'", "\n"]) + c for c in every[:30_000])
+    letters = "".join(draw.choice("aab ") for _ in range(5_000))  # many ties, and tokens with two spellings
+    stories = (ROOT / "input.txt").read_text(encoding="utf-8")[:300_000].replace(END, "")
+    for text, vocab_size in ((stories, 1500), (strange, 900), (letters, 500)):
+        tok = bpe.Tokenizer.train(text, vocab_size, ["<pad>", END])
+        tok.save(tmp_path / "ours.json")
+        theirs = hf.Tokenizer(hf.models.BPE())
+        theirs.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        alphabet = hf.pre_tokenizers.ByteLevel.alphabet()
+        trainer = hf.trainers.BpeTrainer(
+            vocab_size=vocab_size, special_tokens=["<pad>", END], initial_alphabet=alphabet, show_progress=False
+        )
+        theirs.train_from_iterator([text], trainer)
+        learned = json.loads(theirs.to_str())["model"]
+        assert tok.to_json()["model"]["merges"] == learned["merges"]
+        assert tok.to_json()["model"]["vocab"] == learned["vocab"]
+        ids = theirs.encode(text).ids
+        assert tok.encode(text) == ids
+        assert hf.Tokenizer.from_file(str(tmp_path / "ours.json")).encode(text).ids == ids
+        theirs.save(str(tmp_path / "theirs.json"))
+        assert bpe.Tokenizer.load(tmp_path / "theirs.json").encode(text) == ids
+
+
+# ---------------------------------------------------------------------------------------------------
+# data.py
+# ---------------------------------------------------------------------------------------------------
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """Serves `files`; cuts a connection after `cut` bytes of it, as often as `cuts` says; notes each request."""
+
+    files, cuts, cut, ranges, seen = {}, 0, 20_000, True, []
+
+    def do_GET(self):
+        start = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").rstrip("-"))
+        Server.seen.append((self.path, start))
+        body = self.files.get(self.path)
+        if isinstance(body, int) or body is None:
+            return self.send_error(body or 404)
+        if not self.ranges:
+            start = 0
+        if start >= len(body):
+            self.send_response(416)
+            self.send_header("Content-Range", f"bytes */{len(body)}")
+            self.end_headers()
+            return
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(body) - start))
+        self.end_headers()
+        if Server.cuts > 0:
+            Server.cuts -= 1
+            self.wfile.write(body[start : start + self.cut])
+            self.wfile.flush()
+            self.connection.close()
+            return
+        self.wfile.write(body[start:])
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    Server.files, Server.cuts, Server.ranges, Server.seen = {}, 0, True, []
+    serving = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=serving.serve_forever, daemon=True).start()
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    yield f"http://127.0.0.1:{serving.server_port}"
+    serving.shutdown()
+    serving.server_close()
+
+
+def test_download_continues_where_the_connection_broke(server, tmp_path):
+    body = random.Random(0).randbytes(100_000)
+    Server.files, Server.cuts = {"/a.bin": body}, 3
+    digest = "sha256:" + hashlib.sha256(body).hexdigest()
+    path = data.download(f"{server}/a.bin", tmp_path / "a.bin", len(body), digest)
+    assert path.read_bytes() == body
+    assert [start for _, start in Server.seen] == [0, 1 << 14, 2 << 14, 3 << 14]
+    data.download(f"{server}/a.bin", path)
+    assert len(Server.seen) == 4  # what is there is not fetched again
+
+
+def test_download_where_the_server_cannot_continue(server, tmp_path):
+    Server.files, Server.cuts, Server.ranges = {"/a.bin": b"xy" * 25_000}, 1, False
+    assert data.download(f"{server}/a.bin", tmp_path / "a.bin").read_bytes() == b"xy" * 25_000
+    assert [start for _, start in Server.seen] == [0, 1 << 14]
+
+
+def test_download_whose_part_was_complete(server, tmp_path):
+    Server.files = {"/a.bin": b"x" * 5000}
+    (tmp_path / "a.bin.part").write_bytes(b"x" * 5000)
+    assert data.download(f"{server}/a.bin", tmp_path / "a.bin").read_bytes() == b"x" * 5000
+
+
+def test_download_mistakes(server, tmp_path):
+    Server.files = {"/a.bin": b"x" * 5000, "/busy": 503}
+    for url, match in (("none", "answered 404"), ("busy", "answered 503, 5 times")):
+        with pytest.raises(OSError, match=match):
+            data.download(f"{server}/{url}", tmp_path / url)
+        assert not (tmp_path / url).exists()
+    with pytest.raises(OSError, match="has 5,000 bytes instead of 6,000"):
+        data.download(f"{server}/a.bin", tmp_path / "a.bin", size=6000)
+    with pytest.raises(OSError, match="does not have the md5 sum"):
+        data.download(f"{server}/a.bin", tmp_path / "a.bin", digest="md5:0")
+    assert list(tmp_path.glob("a.bin*")) == []
+
+
+def corpus_of(source, vocab_size=300):
+    return data.prepare(str(source), vocab_size, [END], END)
+
+
+def documents_of(corpus):
+    """The documents, taken apart again."""
+    parts = [corpus.tokenizer.decode(part).split(END) for part in (corpus.train, corpus.validation)]
+    assert all(part[0] == part[-1] == "" for part in parts)
+    return [part[1:-1] for part in parts]
+
+
+def test_every_kind_of_source_gives_the_same_documents(server, tmp_path):
+    texts = [f"Story {i}.\n\nIt has {i} words — or so." for i in range(20)]
+    joined = f"\n{END}\n".join(texts)
+    (tmp_path / "a.txt").write_text(joined + f"\n{END}\n", encoding="utf-8")
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(joined.encode()))
+    (tmp_path / "c.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    (tmp_path / "folder").mkdir()
+    for i, text in enumerate(texts):
+        (tmp_path / "folder" / f"{i:02}.txt").write_text(text, encoding="utf-8")
+    Server.files = {"/d.txt": joined.encode()}
+    for source in ("a.txt", "b.txt.gz", "c.jsonl", "folder", f"{server}/d.txt"):
+        corpus = corpus_of(source if "://" in source else tmp_path / source)
+        assert documents_of(corpus) == [texts[:18], texts[18:]], source
+        assert corpus.documents == 20
+        assert corpus.train.dtype == np.uint16
+
+
+def test_one_stream_is_split_by_bytes_and_the_cache_is_used(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("äbc " * 100, encoding="utf-8")
+    corpus = corpus_of(tmp_path / "a.txt")
+    train, validation = documents_of(corpus)
+    assert "".join(train + validation) == "äbc " * 100 and len(train) == len(validation) == corpus.documents == 1
+    assert 449 <= corpus.token_bytes[corpus.train].sum() <= 451
+    monkeypatch.setattr(bpe.Tokenizer, "from_counts", None)  # a second training would fail
+    again = corpus_of(tmp_path / "a.txt")
+    assert np.array_equal(again.train, corpus.train) and again.tokenizer.to_json() == corpus.tokenizer.to_json()
+    monkeypatch.undo()
+
+
+def test_pieces_give_the_tokens_of_the_whole(tmp_path, monkeypatch):
+    draw = random.Random(0)
+    words = ["tree", "and", "naïve", "你好", "...", "\n", "\n\n ", "x" * 30, " ", "12"]
+    stream = " ".join(draw.choice(words) for _ in range(4000))
+    stories = f"\n{END}\n".join(" ".join(draw.choice(words) for _ in range(99)) for _ in range(40))
+    for text in (stream, stories):
+        path = tmp_path / f"{len(text)}.txt"
+        path.write_text(text, encoding="utf-8")
+        whole = corpus_of(path)
+        monkeypatch.setattr(data, "PIECE", 999)
+        monkeypatch.setattr(data, "parallel", map)
+        cut = data.pieces(path, 0, path.stat().st_size)
+        assert len(cut) > 10 and b"".join(path.read_bytes()[a:b] for _, a, b in cut) == path.read_bytes()
+        pieced = data.prepare(str(path), 0, [END], END, tokenizer=whole.tokenizer)
+        monkeypatch.undo()
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        assert np.array_equal(pieced.train, whole.train)
+        assert np.array_equal(pieced.validation, whole.validation)
+
+
+def test_several_processes_give_the_same(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    jobs = list(range(20))
+    assert list(data.parallel(math.factorial, jobs)) == [math.factorial(job) for job in jobs]
+
+
+def test_the_movie_reviews_archive(server, tmp_path, monkeypatch):
+    names = {"train/pos/0_9.txt": "good", "train/neg/1_1.txt": "bad", "train/unsup/2_0.txt": "so", "test/pos/0_8.txt": "fine"}
+    with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as archive:
+        for name, text in {**names, "../train/pos/7_7.txt": "evil", "train/pos/list.txt": "none"}.items():
+            member = tarfile.TarInfo("aclImdb/" + name)
+            raw = f"{text} film<br /><br />indeed".encode()
+            member.size = len(raw)
+            archive.addfile(member, io.BytesIO(raw))
+        link = tarfile.TarInfo("aclImdb/train/pos/8_8.txt")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        archive.addfile(link)
+    Server.files = {"/imdb.tar.gz": (tmp_path / "a.tar.gz").read_bytes()}
+    monkeypatch.setitem(data.NAMED, "imdb", [("archive", f"{server}/imdb.tar.gz", None, None)])
+    train, validation = documents_of(corpus_of("imdb"))
+    assert train == [f"{word} film\n\nindeed" for word in ("good", "bad", "so")]
+    assert validation == ["fine film\n\nindeed"]
+
+
+def test_sources_that_cannot_be_used(tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "latin.txt").write_bytes("für alle".encode("latin-1") * 9)
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n{"body": "b"}\n')
+    (tmp_path / "bare").mkdir()
+    for name, match in (
+        ("empty.txt", "is empty"),
+        ("latin.txt", r"not UTF-8 text: byte 0xfc at offset 1; convert it"),
+        ("rows.jsonl", 'line 2: not a JSON object with a "text"'),
+        ("bare", "holds no .txt, .gz, .jsonl file"),
+        ("nowhere.txt", "no data at .*: give a file, a folder, a URL or one of shakespeare"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            corpus_of(tmp_path / name)
+    assert [p for p in (tmp_path / "cache").rglob("*") if p.is_file()] == []  # nothing half-made stays
+
+
+@pytest.mark.parametrize("n, block_size, stride", [(1, 4, 4), (2, 4, 4), (5, 4, 4), (6, 4, 4), (23, 4, 3), (40, 8, 1)])
+def test_sliding_windows_lose_nothing(n, block_size, stride):
+    tokens = np.arange(100, 100 + n)
+    inputs, targets = data.sliding_windows(tokens, block_size, stride, pad_id=7)
+    assert inputs.shape == targets.shape == (len(inputs), block_size)
+    seen = set()
+    for row in range(len(inputs)):
+        for column in range(block_size):
+            i = row * stride + column
+            assert inputs[row, column] == (tokens[i] if i < n else 7)
+            assert targets[row, column] == (tokens[i + 1] if i + 1 < n else -100)
+            seen.add(targets[row, column])
+    assert seen - {-100} == set(tokens[1:])
+
+
+def test_shuffled_rows_are_whole_epochs():
+    rows, _ = data.shuffled_rows(10, seed=3, first=0, count=30)
+    assert all(sorted(rows[i : i + 10]) == list(range(10)) for i in (0, 10, 20))
+    assert list(rows[:10]) != list(rows[10:20])
+    late, luck = data.shuffled_rows(10, seed=3, first=17, count=5)
+    assert list(late) == list(rows[17:22]) and luck[0] != luck[-1]
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "a"
+    path.write_text("old")
+    with pytest.raises(KeyError), data.replacing(path, "w") as file:
+        file.write("half")
+        raise KeyError
+    assert path.read_text() == "old" and list(tmp_path.glob("a*")) == [path]
+
+
+def test_the_log_of_a_resumed_run_and_its_chart(tmp_path):
+    log = data.RunLog(tmp_path)
+    for step in range(0, 60, 10):
+        log.write(step=step, loss=5 - step / 20)
+    log.write(step=50, val_loss=2.5)
+    log.file.write('{"step": 60, "lo')  # cut off by a crash
+    log.file.flush()
+    log = data.RunLog(tmp_path, resumed_at=50)
+    log.write(step=50, val_loss=2.75)
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 10, 20, 30, 40, 50, 50] and rows[-1]["val_loss"] == 2.75
+    assert all(a["seconds"] <= b["seconds"] for a, b in zip(rows, rows[1:]))
+    log.draw("a <title> & more")
+    drawing = ElementTree.parse(tmp_path / "loss.svg").getroot()
+    shown = " ".join(drawing.itertext())
+    assert "a <title> & more" in shown and "training: 2.500" in shown and "validation: 2.750" in shown
+    points = [float(y) for pair in drawing.find("{*}polyline").get("points").split() for y in pair.split(",")[1:]]
+    assert points == sorted(points) and len(points) == 6  # the loss falls, so y, downwards, grows
+
+
+# ---------------------------------------------------------------------------------------------------
+# The layers and the model
+# ---------------------------------------------------------------------------------------------------
+
+
+def slow_attention(query, key, value, bias, causal):
+    """One number at a time, in float64."""
+    B, H, T, D = query.shape
+    S = key.size(2)
+    out = torch.zeros(B, H, T, value.size(3), dtype=torch.float64)
+    for b in range(B):
+        for h in range(H):
+            for t in range(T):
+                seen = range(S - T + t + 1 if causal else S)
+                scores = [float(query[b, h, t].double() @ key[b, h, s].double()) / math.sqrt(D) for s in seen]
+                scores = [score + (float(bias[b, h, t, s]) if bias is not None else 0) for s, score in zip(seen, scores)]
+                total = sum(math.exp(score) for score in scores)
+                for s, score in zip(seen, scores):
+                    out[b, h, t] += math.exp(score) / total * value[b, h, s].double()
+    return out
+
+
+@pytest.mark.parametrize("T, S", [(5, 5), (3, 7), (1, 6)])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("model_file", [gpt])
+def test_attention_equals_the_slow_loop(model_file, T, S, causal, with_bias, monkeypatch):
+    query, key, value = torch.randn(2, 3, T, 8), torch.randn(2, 3, S, 8), torch.randn(2, 3, S, 5)
+    bias = torch.randn(2, 3, T, S) if with_bias else None
+    expected = slow_attention(query, key, value, bias, causal)
+    arguments = dict(bias=bias, causal=causal)
+    assert (model_file.attention(query, key, value, **arguments) - expected).abs().max() < 1e-5
+    called = []
+    fused = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: called.append(1) or fused(*a, **k))
+    monkeypatch.setattr(model_file, "LONG", 1)  # now every sequence is long, and goes the fused way
+    assert (model_file.attention(query, key, value, **arguments) - expected).abs().max() < 1e-5
+    assert called
+
+
+VARIANTS = [
+    dict(),
+    dict(pos="sinusoidal"),
+    dict(pos="rotary"),
+    dict(pos="none"),
+    dict(norm="post"),
+    dict(norm="none", residual=False, n_ff=0),
+    dict(act="relu", bias=False, tie=False),
+    dict(n_layer=0, tie=False, pos="none", norm="none"),
+    dict(n_head=3, head_dim=6, value_dim=4, n_ff=20),
+]
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_each_variant_learns_and_sees_no_future(variant):
+    model = gpt.GPT(gpt.GPTConfig(**{**TINY, **variant})).double()
+    idx = torch.randint(50, (2, 16))
+    logits, loss = model(idx, idx)
+    assert logits.shape == (2, 16, 50)
+    assert abs(loss - F.cross_entropy(logits.flatten(0, 1), idx.flatten())) < 1e-12
+    loss.backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+    changed = idx.clone()
+    changed[:, 9] = (changed[:, 9] + 1) % 50
+    difference = (model(changed)[0] - logits).abs().amax(dim=(0, 2))
+    assert difference[:9].max() == 0 and difference[9] > 0
+
+
+def test_ignored_targets_do_not_count():
+    model = gpt.GPT(gpt.GPTConfig(**TINY))
+    idx, targets = torch.randint(50, (2, 2, 16))
+    targets[0, 3:] = -100
+    logits, loss = model(idx, targets)
+    expected = [-torch.log_softmax(logits[b, t], 0)[targets[b, t]] for b in range(2) for t in range(16) if b or t < 3]
+    assert abs(loss - sum(expected) / 19) < 1e-5
+    total, count, _ = gpt.loss_sum(model, dict(idx=idx, targets=targets))
+    assert count == 19 and abs(total - sum(expected)) < 1e-4
+
+
+def test_rotary_scores_depend_on_the_distance_alone():
+    turns = gpt.GPT(gpt.GPTConfig(**TINY, pos="rotary")).turns.double()  # (2, T, hd / 2)
+    query, key = torch.randn(2, 8, dtype=torch.float64)
+    turned = [[gpt.rotate(x.view(1, 1, 1, 8), turns[:, t : t + 1]).flatten() for t in range(16)] for x in (query, key)]
+    for t in range(4, 16):
+        assert abs(turned[0][t] @ turned[1][t - 3] - turned[0][3] @ turned[1][0]) < 1e-6
+    assert abs(turned[0][0] @ turned[1][0] - query @ key) < 1e-6
+    assert abs(turned[0][5] @ turned[1][0] - query @ key) > 1e-3
+
+
+def test_logits_equal_those_of_transformers():
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=60, n_positions=20, n_embd=24, n_layer=3, n_head=4, initializer_range=0.3)
+    ).double()
+    ours = gpt.GPT(gpt.GPTConfig(60, 20, 3, 4, 24)).double()
+    names = {"token_embedding": "wte", "position_embedding": "wpe", "norm.": "ln_f.", "blocks": "h", "attn_norm": "ln_1"}
+    names |= {"mlp_norm": "ln_2", "attn.qkv": "attn.c_attn", "attn.proj": "attn.c_proj", "mlp.up": "mlp.c_fc"}
+    names |= {"mlp.down": "mlp.c_proj"}
+    weights = theirs.transformer.state_dict()
+    with torch.no_grad():
+        for name, p in ours.named_parameters():
+            for old, new in names.items():
+                name = name.replace(old, new) if not (old == "norm." and "_norm" in name) else name
+            value = weights[name]
+            p.copy_(value.T if name.endswith(("attn.weight", "proj.weight", "fc.weight")) else value)
+    idx = torch.randint(60, (3, 20))
+    theirs.eval()
+    assert (ours(idx)[0] - theirs(idx).logits).abs().max() < 1e-9
+
+
+# ---------------------------------------------------------------------------------------------------
+# Generation
+# ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", [dict(), dict(pos="rotary"), dict(pos="none", norm="post"), dict(value_dim=6)], ids=str)
+def test_greedy_is_the_same_with_and_without_the_cache(variant):
+    model = gpt.GPT(gpt.GPTConfig(**TINY, **variant)).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)  # so that the likeliest token is not always the same
+    for T in (1, 5, 16, 23):
+        idx = torch.randint(50, (3, T))
+        fast = model.generate(idx, 40, temperature=0)
+        assert torch.equal(fast, model.generate(idx, 40, temperature=0, use_cache=False))
+        assert fast.shape == (3, T + 40) and torch.equal(fast[:, :T], idx)
+        if T <= 16:  # while nothing slides, it is the argmax of the whole sequence
+            for t in range(T, 17):
+                assert torch.equal(fast[:, t], model(fast[:, :t])[0][:, -1].argmax(-1))
+
+
+def test_a_row_that_is_done_is_filled_up():
+    model = gpt.GPT(gpt.GPTConfig(**TINY)).eval()
+    columns = []
+    out = model.generate(torch.randint(50, (8, 2)), 400, temperature=2.0, stop=7, on_token=lambda c: columns.append(c.clone()))
+    assert out.size(1) < 402 and torch.equal(torch.stack(columns, 1), out[:, 2:])
+    for row in out[:, 2:].tolist():
+        assert set(row[row.index(7) :]) == {7}
+
+
+def test_sampling_frequencies():
+    logits = torch.tensor([2.0, 1.0, 0.5, -1.0, -3.0])
+    many = logits.expand(40_000, -1)
+
+    def frequencies(**options):
+        return torch.bincount(gpt.sample(many, **options), minlength=5) / 40_000
+
+    def close(found, expected):
+        return (found - expected).abs().max() < 0.012  # five standard deviations at most
+
+    assert close(frequencies(), F.softmax(logits, -1))
+    assert close(frequencies(temperature=0.5), F.softmax(logits * 2, -1))
+    assert close(frequencies(top_k=2), F.softmax(torch.tensor([2.0, 1.0, *[-math.inf] * 3]), -1))
+    assert close(frequencies(top_p=0.7), F.softmax(torch.tensor([2.0, 1.0, *[-math.inf] * 3]), -1))  # 0.61, 0.22, ...
+    assert close(frequencies(top_p=1e-9), torch.tensor([1.0, 0, 0, 0, 0]))
+    assert frequencies(temperature=0)[0] == 1
+
+
+# ---------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------
+
+
+def test_muon_equals_that_of_torch_and_adamw_too():
+    config = gpt.GPTConfig(**TINY)
+    run = gpt.TrainConfig(weight_decay=0.1, lr=0.01, matrix_lr=0.02)
+    ours, theirs = gpt.GPT(config), gpt.GPT(config)
+    theirs.load_state_dict(ours.state_dict())
+    optimizer = gpt.Muon(ours, run, torch.bfloat16)
+    muon, decayed, plain = [], [], []
+    for name, p in theirs.named_parameters():
+        (muon if "blocks." in name and p.ndim == 2 else decayed if p.ndim == 2 else plain).append((name, p))
+    # torch's Muon takes whole matrices: give it query, key and value apart
+    apart = {name: [torch.nn.Parameter(x.detach().clone()) for x in p.chunk(3 if "qkv" in name else 1)] for name, p in muon}
+    reference = [
+        torch.optim.Muon(sum(apart.values(), []), lr=0.02, weight_decay=0.1, momentum=0.95),
+        torch.optim.AdamW([p for _, p in decayed], lr=0.01, weight_decay=0.1, betas=(0.9, 0.95)),
+        torch.optim.AdamW([p for _, p in plain], lr=0.01, weight_decay=0, betas=(0.9, 0.95)),
+    ]
+    for _ in range(4):
+        for (name, p), q in zip(ours.named_parameters(), theirs.parameters()):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+            for x, gradient in zip(apart.get(name, []), p.grad.chunk(len(apart.get(name, [])) or 1)):
+                x.grad = gradient.clone()
+        optimizer.step()
+        for each in reference:
+            each.step()
+    for (name, p), q in zip(ours.named_parameters(), theirs.parameters()):
+        expected = torch.cat(list(apart[name])) if name in apart else q
+        assert (p - expected).abs().max() < (2e-3 if name in apart else 1e-6), name  # bfloat16 in both
+        moved = (p - gpt.GPT.state_dict(ours)[name]).abs().max()
+        assert moved == 0  # (the state is the parameter itself)
+
+
+def test_orthogonalize_brings_singular_values_near_one():
+    for shape in ((3, 8, 20), (2, 20, 8), (1, 16, 16)):
+        values = torch.linalg.svdvals(gpt.orthogonalize(torch.randn(shape)))
+        assert 0.6 < values.min() and values.max() < 1.3
+
+
+def test_schedules():
+    run = gpt.TrainConfig(max_steps=100, warmup_steps=10)
+    line = [gpt.schedule(step, run) for step in range(100)]
+    assert line[:11] == pytest.approx([(i + 1) / 11 for i in range(10)] + [1])
+    assert line[10:] == pytest.approx([1 - i / 90 for i in range(90)])
+    run.schedule = "cosine"
+    assert [gpt.schedule(step, run) for step in (10, 55, 99)] == pytest.approx([1, 0.5, 0], abs=1e-3)
+
+
+SMALL = "--n_layer 2 --n_head 2 --n_embd 32 --block_size 32 --vocab_size 300 --batch_size 4 --warmup_steps 2 --dropout 0.1"
+SMALL = f"{SMALL} --device cpu --eval_interval 4 --log_interval 2".split()
+
+
+@pytest.fixture
+def stories(own_cache):
+    """A file of forty stories."""
+    text = (ROOT / "input.txt").read_text(encoding="utf-8")
+    path = own_cache / "stories.txt"
+    path.write_text(END.join(text.split(END)[:40]), encoding="utf-8")
+    return str(path)
+
+
+def command(*arguments, status=0):
+    assert gpt.main([str(argument) for argument in arguments]) == status
+
+
+def weights_of(path):
+    checkpoint = torch.load(path, weights_only=True)
+    found = {f"model.{name}": value for name, value in checkpoint["model"].items()}
+    for i, state in checkpoint.get("optimizer", {"state": {}})["state"].items():
+        found |= {f"optimizer.{i}.{name}": value for name, value in state.items()}
+    return found
+
+
+def assert_same_run(left, right):
+    for name in ("ckpt.pt", "best.pt"):
+        a, b = weights_of(Path(left) / name), weights_of(Path(right) / name)
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[key], b[key]) for key in a), name
+    logs = []
+    for folder in (left, right):
+        rows = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+        logs.append([{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in rows])
+    assert logs[0] == logs[1]
+
+
+def test_a_run_its_files_and_its_commands(stories, capsys):
+    command("--data", stories, "--out_dir", "run", "--max_steps", 10, "--snapshot_interval", 5, *SMALL)
+    printed = capsys.readouterr()
+    assert printed.out == "" and "step 10/10" in printed.err and "python gpt.py generate --out_dir run" in printed.err
+    files = {path.name for path in Path("run").iterdir()}
+    assert files == {
+        *("ckpt.pt", "best.pt", "tokenizer.json", "run.json", "log.jsonl", "loss.svg", "ckpt_000005.pt", "ckpt_000010.pt")
+    }
+    rows = [json.loads(line) for line in Path("run/log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [2, 4, 4, 6, 8, 8, 10, 10]
+    assert {"step", "seconds", "loss", "lr", "tokens_per_second"} == rows[0].keys()
+    assert {"step", "seconds", "val_loss", "bits_per_byte"} == rows[-1].keys()
+    assert rows[-1]["val_loss"] < math.log(300)
+
+    command("eval", "--out_dir", "run")
+    first = json.loads(capsys.readouterr().out.splitlines()[-1])
+    command("eval", "--out_dir", "run")
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == first
+    assert first["val_loss"] == pytest.approx(min(row.get("val_loss", 9) for row in rows), rel=1e-3)
+    assert first["perplexity"] == pytest.approx(math.exp(first["val_loss"]))
+
+    command("generate", "--out_dir", "run", "--prompt", "The — sea", "--max_new_tokens", 9)
+    one = capsys.readouterr()
+    assert one.out.startswith("The — sea") and "best.pt" in one.err and "best.pt" not in one.out
+    command("generate", "--init_from", "run/ckpt.pt", "--num_samples", 3, "--max_new_tokens", 9, "--prompt", "So")
+    assert len(re.findall("^So", capsys.readouterr().out, re.MULTILINE)) >= 3
+
+    command("--config", "run/run.json", "--out_dir", "again", "--snapshot_interval", 0)
+    assert_same_run("run", "again")
+    command("--init_from", "run/best.pt", "--data", stories, "--out_dir", "more", *SMALL, "--max_steps", 2)
+    assert torch.load("more/ckpt.pt", weights_only=True)["step"] == 2
+
+
+def test_eval_counts_every_token_once_and_no_special_bytes(stories):
+    corpus = data.prepare(stories, 300, [END], END)
+    config = gpt.GPTConfig(**{**TINY, "vocab_size": corpus.tokenizer.vocab_size})
+    model = gpt.GPT(config)
+    row = gpt.evaluate(model, gpt.eval_batches(corpus, config, None, 3), torch.autocast("cpu", enabled=False))
+    tokens = torch.from_numpy(corpus.validation.astype(np.int64))
+    total = 0.0
+    with torch.no_grad():
+        for start in range(0, len(tokens) - 1, 16):  # one window at a time
+            window = tokens[start : start + 17]
+            total += float(F.cross_entropy(model(window[None, :-1])[0][0], window[1:], reduction="sum"))
+    text = corpus.tokenizer.decode(tokens).replace(END, "")
+    assert row["val_loss"] == pytest.approx(total / (len(tokens) - 1), rel=1e-5)
+    assert row["bits_per_byte"] == pytest.approx(total / math.log(2) / len(text.encode()), rel=1e-5)
+
+
+def test_a_stopped_run_goes_on_as_if_nothing_had_happened(stories, own_cache):
+    """Killed at once (SIGKILL), and asked to stop (Ctrl-C): both end bit for bit like the uninterrupted run."""
+    common = ["--data", stories, "--max_steps", "60", "--dtype", "float32", *SMALL]
+    command(*common, "--out_dir", "whole")
+    for how, status, after in ((signal.SIGKILL, -9, 13), (signal.SIGINT, 130, 21)):
+        folder = how.name
+        started = subprocess.Popen(
+            [sys.executable, ROOT / "gpt.py", *common, "--out_dir", folder], stderr=subprocess.PIPE, text=True
+        )
+        for line in started.stderr:
+            if re.match(rf"step {after + 1}/", line):
+                started.send_signal(how)
+                break
+        rest = started.stderr.read()
+        assert started.wait() == status
+        if how == signal.SIGINT:
+            assert f"python gpt.py --init_from resume --out_dir {folder}" in rest
+        assert torch.load(f"{folder}/ckpt.pt", weights_only=True)["step"] < 60
+        command("--init_from", "resume", "--out_dir", folder)
+        assert_same_run("whole", folder)
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch():
+    config = gpt.GPTConfig(**TINY)
+    batch = dict(idx=torch.randint(50, (6, 16)), targets=torch.randint(50, (6, 16)))
+    batch["targets"][0, 2:] = batch["targets"][4, :9] = -100  # parts of unequal weight
+    ended = []
+    for size in (6, 2, 1):
+        torch.manual_seed(0)
+        model = gpt.GPT(config)
+        run = gpt.TrainConfig(batch_size=size, optimizer="adamw")
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        loss = gpt.update(model, batch, gpt.Muon(model, run, torch.float32), scaler, torch.autocast("cpu", enabled=False), run)
+        ended.append((float(loss), torch.cat([p.detach().flatten() for p in model.parameters()])))
+    torch.manual_seed(0)
+    expected = float(gpt.GPT(config)(batch["idx"], batch["targets"])[1])
+    for loss, weights in ended:
+        assert loss == pytest.approx(expected, rel=1e-5)
+        assert (weights - ended[0][1]).abs().max() < 1e-4
+
+
+def test_float16_skips_the_steps_that_overflow(stories, capsys):
+    command("--data", stories, "--out_dir", "run", "--max_steps", 6, *SMALL, "--dtype", "float16")
+    checkpoint = torch.load("run/ckpt.pt", weights_only=True)
+    assert checkpoint["run"]["dtype"] == "float16" and checkpoint["scaler"]["scale"] > 0
+    assert all(value.dtype == torch.float32 for value in checkpoint["model"].values())
+    model = gpt.GPT(gpt.GPTConfig(**TINY))
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    run = gpt.TrainConfig(batch_size=2)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**120)
+    arguments = gpt.Muon(model, run, torch.float32), scaler, torch.autocast("cpu", torch.float16), run
+    gpt.update(model, dict(idx=torch.randint(50, (2, 16)), targets=torch.randint(50, (2, 16))), *arguments)
+    assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+    assert scaler.get_scale() == 2.0**119
+
+
+def test_a_run_that_comes_apart_is_stopped(stories, capsys):
+    command("--data", stories, "--out_dir", "run", "--max_steps", 40, *SMALL, "--lr", 1e30, status=2)
+    lines = capsys.readouterr().err.splitlines()
+    assert re.match(r"error: the loss became (nan|inf) at step \d+; the last good checkpoint", lines[-1])
+    assert all(value.isfinite().all() for value in weights_of("run/ckpt.pt").values())
+
+
+def test_it_learns(stories, capsys):
+    """Two layers get well below what the frequencies of the tokens alone would give."""
+    command("--data", stories, "--out_dir", "run", "--max_steps", 150, *SMALL, "--eval_interval", 150, "--dropout", 0)
+    corpus = data.prepare(stories, 300, [END], END)
+    share = np.bincount(corpus.train, minlength=300) + 0.1
+    unigram = -np.log(share / share.sum())[corpus.validation[1:]].mean()
+    last = json.loads(Path("run/log.jsonl").read_text().splitlines()[-1])
+    assert last["val_loss"] < 0.8 * unigram
+
+
+# ---------------------------------------------------------------------------------------------------
+# The command line
+# ---------------------------------------------------------------------------------------------------
+
+
+def mistake(capsys, *arguments):
+    """The one line that a mistaken command prints."""
+    command(*arguments, status=2)
+    printed = capsys.readouterr()
+    lines = printed.err.splitlines()
+    assert lines[-1].startswith("error: ") and printed.out == "" and "Traceback" not in printed.err
+    return lines[-1]
+
+
+def test_mistakes_get_one_line(stories, capsys, own_cache):
+    assert "did you mean --n_layer?" in mistake(capsys, "--n_layers", 3)
+    assert "there is no command trian" in mistake(capsys, "trian")
+    assert "there is no preset huge" in mistake(capsys, "--preset", "huge")
+    assert "n_embd 30 is not divisible by n_head 4" in mistake(capsys, "--n_embd", 30)
+    assert "invalid int value: 'many'" in mistake(capsys, "--n_layer", "many")
+    assert "neither true nor false" in mistake(capsys, "--bias", "maybe")
+    assert "invalid choice: 'left'" in mistake(capsys, "--pos", "left")
+    assert "--max_steps has to be at least 1" in mistake(capsys, "--max_steps", 0)
+    assert "set --vocab_size 257 or more" in mistake(capsys, "--data", stories, "--vocab_size", 200)
+    assert "no data at nowhere.txt" in mistake(capsys, "--data", "nowhere.txt")
+    Path("short.txt").write_text("A short text.")
+    assert "give more text or a smaller --block_size" in mistake(capsys, "--data", "short.txt")
+    assert "nothing to resume in out/gpt" in mistake(capsys, "--init_from", "resume")
+    assert "there is no checkpoint" in mistake(capsys, "generate")
+    if not torch.cuda.is_available():
+        assert "sees no cuda device" in mistake(capsys, "--device", "cuda", "--data", stories)
+    Path("settings.json").write_text('{"n_layers": 3}')
+    assert "n_layers" in mistake(capsys, "--config", "settings.json")
+    Path("settings.json").write_text("{")
+    assert "settings.json is not JSON" in mistake(capsys, "--config", "settings.json")
+    Path("file").write_text("")
+    assert "cannot write" in mistake(capsys, "--data", stories, "--out_dir", "file/run", *SMALL)
+
+
+def test_foreign_and_truncated_checkpoints(stories, capsys):
+    command("--data", stories, "--out_dir", "run", "--max_steps", 2, *SMALL)
+    good = Path("run/ckpt.pt").read_bytes()
+    capsys.readouterr()
+
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, ("broken_in",)
+
+    buffer = io.BytesIO()
+    torch.save(dict(name="gpt", model=Evil()), buffer)
+    foreign = io.BytesIO()
+    torch.save(dict(weights=torch.ones(3)), foreign)
+    for content in (b"", b"PK\x03\x04 not a zip", good[: len(good) // 2], buffer.getvalue(), foreign.getvalue()):
+        Path("run/ckpt.pt").write_bytes(content)
+        for arguments in (("--init_from", "resume"), ("generate", "--init_from", "run/ckpt.pt")):
+            assert "run/ckpt.pt is no whole checkpoint of gpt.py" in mistake(capsys, *arguments, "--out_dir", "run")
+        assert Path("run/ckpt.pt").read_bytes() == content
+    assert not Path("broken_in").exists()
+    Path("run/ckpt.pt").write_bytes(good)
+    assert "does not fit the checkpoint" in mistake(capsys, "--init_from", "resume", "--out_dir", "run", "--n_layer", 9)
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(stories, capsys):
+    """A limit on the size of files stands for the disk that is full."""
+    command("--data", stories, "--out_dir", "run", "--max_steps", 2, *SMALL)
+    before = {path.name: path.read_bytes() for path in Path("run").iterdir()}
+    code = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000));"
+        f"sys.path.insert(0, {str(ROOT)!r}); import gpt; sys.exit(gpt.main(sys.argv[1:]))"
+    )
+    arguments = ["--init_from", "resume", "--out_dir", "run", "--max_steps", "6"]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert re.match(r"error: cannot write run/(best|ckpt)\.pt: .*", done.stderr.splitlines()[-1])
+    assert "Traceback" not in done.stderr
+    for name in ("ckpt.pt", "best.pt", "tokenizer.json"):
+        assert Path("run", name).read_bytes() == before[name]
+    assert not list(Path("run").glob("*.tmp"))
+    command("--init_from", "resume", "--out_dir", "run", "--max_steps", 6)
+
+
+def test_the_file_alone(own_cache):
+    """Copied into an empty folder, gpt.py gives the model; training says which files are missing."""
+    folder = own_cache / "alone"
+    folder.mkdir()
+    (folder / "gpt.py").write_text((ROOT / "gpt.py").read_text(encoding="utf-8"), encoding="utf-8")
+    code = (
+        "import torch; from gpt import GPT, GPTConfig; model = GPT(GPTConfig(50, 16, 2, 2, 16));"
+        "idx = torch.randint(50, (2, 9)); loss = model(idx, idx)[1]; loss.backward();"
+        "print(tuple(model.generate(idx, 20).shape))"
+    )
+    environment = {**os.environ, "PYTHONPATH": ""}
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, env=environment)
+    assert done.stdout == "(2, 29)\n", done.stderr
+    done = subprocess.run([sys.executable, "gpt.py"], cwd=folder, capture_output=True, text=True, env=environment)
+    assert done.returncode == 2 and re.fullmatch(r"error: \w+\.py is missing: put .*\n", done.stderr)
+
+
+def test_help_shows_every_flag_with_a_sentence_and_its_default(capsys):
+    with pytest.raises(SystemExit) as ended:
+        gpt.main(["--help"])
+    assert ended.value.code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for cls in (gpt.GPTConfig, gpt.TrainConfig):
+        for name in cls.__dataclass_fields__:
+            assert re.search(rf"--{name} [A-Za-z]\w*[^-]*\w+", shown), name
+    assert "(default 2048)" in shown and "pre, post, none; default pre" in shown
+
+
+def test_bench_ends_with_a_line_of_figures(capsys, monkeypatch):
+    small = "--n_layer 1 --n_head 2 --n_embd 16 --block_size 16 --vocab_size 300 --batch_size 2".split()
+    command("bench", "--device", "cpu", *small)
+    row = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert row.keys() == {
+        *("ms_per_step", "tokens_per_second", "gflops", "matmul_gflops", "share", "peak_memory_mb"),
+        *("generate_tokens_per_second", "generate_batch_tokens_per_second"),
+    }
+    assert row["tokens_per_second"] == pytest.approx(32 / row["ms_per_step"] * 1000)
+    assert row["share"] == pytest.approx(row["gflops"] / row["matmul_gflops"])
+
+
+# ---------------------------------------------------------------------------------------------------
+# The house
+# ---------------------------------------------------------------------------------------------------
+
+
+def test_imports_are_the_standard_library_and_three_packages():
+    ours = {"gpt", "bert", "t5", "bpe", "data"}
+    for path in ROOT.glob("*.py"):
+        allowed = set(sys.stdlib_module_names) | {"torch", "numpy", "requests"} | ours
+        allowed |= {"pytest"} if path.name == "test_all.py" else set()
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            assert {name.partition(".")[0] for name in names} <= allowed, path.name
+        top = {alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
+        top |= {node.module for node in tree.body if isinstance(node, ast.ImportFrom)}
+        if path.stem in ("gpt", "bert", "t5"):
+            assert not top & ours, f"{path.name} must import alone"
+
+
+def test_the_readme_s_commands_are_there():
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    commands = [line for block in blocks for line in block.splitlines() if line.startswith("python gpt.py")]
+    assert commands
+    for line in commands:
+        name, *flags = line.partition("#")[0].split()[2:] or ["train"]
+        name = name if not name.startswith("-") else "train"
+        known = {field for cls in gpt.COMMANDS[name][1] for field in cls.__dataclass_fields__} | {"preset", "config", "help"}
+        assert set(re.findall(r"--(\w+)", line)) <= known, line
