@@ -229,6 +229,7 @@ class Tokenizer:
         for rank, (pair, merged) in enumerate(merges):
             self.merges[pair] = (rank, merged)
             self.spelling[ord(merged)] = self.spelling[ord(pair[0])] + self.spelling[ord(pair[1])]
+        self.shown = self.spelling | {token: text.encode() for text, token in special.items()}
         self.vocab_size = max(*self.spelling, *special.values(), 0) + 1
         self.words = _WordCache(self.encode_word)
         longest_first = sorted(special, key=len, reverse=True)
@@ -293,10 +294,8 @@ class Tokenizer:
 
     def decode_bytes(self, ids) -> bytes:
         """The bytes that the ids spell; special tokens as their text. Raises ValueError for an unknown id."""
-        special = {token: text.encode() for text, token in self.special.items()}
-        spelling = self.spelling | special
         try:
-            return b"".join([spelling[int(token)] for token in ids])
+            return b"".join([self.shown[int(token)] for token in ids])
         except KeyError as error:
             raise ValueError(f"id {error} is not in this vocabulary of {self.vocab_size}") from None
 

@@ -32,6 +32,7 @@ import multiprocessing
 import os
 import re
 import shutil
+import signal
 import sys
 import tarfile
 import tempfile
@@ -320,9 +321,10 @@ def pieces(path: Path, start: int, stop: int) -> list[tuple[Path, int, int]]:
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
         while stop - cuts[-1] > PIECE:
             begin, end = cuts[-1], cuts[-1] + PIECE
-            cut = text.rfind(SEPARATOR.encode(), begin, end) + len(SEPARATOR)
-            cut += text[cut : cut + 1] == b"\n"
-            if cut <= begin + len(SEPARATOR) + 1:
+            found = text.rfind(SEPARATOR.encode(), begin, end)
+            cut = found + len(SEPARATOR)
+            cut += text[cut : cut + 1] == b"\n"  # it belongs to the separator
+            if found < 0:
                 tail = text[end - (PIECE >> 4) : end]
                 words = list(re.finditer(rb"[!-~](?=\n)", tail)) or list(re.finditer(rb"[!-~](?= )", tail))
                 cut = end - len(tail) + words[-1].end() if words else end
@@ -471,7 +473,7 @@ def encode_corpus(parts: dict[str, list], folder: Path, tokenizer: Tokenizer, se
     (folder / "corpus.json").write_text(json.dumps(dict(dtype=dtype, documents=documents)))
 
 
-def random_corpus(vocab_size: int, length: int, special_tokens) -> Corpus:
+def random_corpus(vocab_size: int, special_tokens, length: int = 1 << 20) -> Corpus:
     """Random tokens, to measure with."""
     tokens = np.random.default_rng(0).integers(len(special_tokens), vocab_size, length)
     return Corpus(Tokenizer.from_counts({}, 256 + len(special_tokens), special_tokens), tokens, tokens, 1)
@@ -537,7 +539,7 @@ class RunLog:
                     row = json.loads(line)
                 except ValueError:  # cut short by a crash
                     break
-                if row["step"] < resumed_at or (row["step"] == resumed_at and "val_loss" not in row):
+                if row["step"] <= resumed_at:
                     self.rows.append(row)
         with replacing(path, "w") as file:
             file.writelines(json.dumps(row) + "\n" for row in self.rows)
@@ -657,7 +659,8 @@ def boolean(text: str) -> bool:
 
 def comments(cls) -> dict[str, str]:
     """field -> the comment behind it in the source: what the reader reads is what --help says."""
-    return dict(re.findall(r"^    (\w+):.*?  # (.*)$", inspect.getsource(cls), re.MULTILINE))
+    sources = [inspect.getsource(base) for base in reversed(cls.__mro__) if dataclasses.is_dataclass(base)]
+    return dict(re.findall(r"^    (\w+):.*?  # (.*)$", "\n".join(sources), re.MULTILINE))
 
 
 def add_flags(parser: argparse.ArgumentParser, cls, defaults: dict) -> None:
@@ -704,9 +707,75 @@ def read_settings(path: str, classes) -> dict:
     return settings
 
 
+def parse_command(name: str, commands: dict, presets: dict, arguments: list[str]):
+    """(the command's function, all its settings, those given as flags): defaults < --preset < --config < flags.
+
+    commands: name -> (function, dataclasses whose fields are its flags); the first one is the default, and
+    so is the first preset, a dict of settings. Raises ValueError for what cannot be understood.
+    """
+    chosen = arguments[0] if arguments and not arguments[0].startswith("-") else next(iter(commands))
+    if chosen not in commands:
+        raise ValueError(f"there is no command {chosen}: the commands are {', '.join(commands)}")
+    command, classes = commands[chosen]
+    parser = Parser(
+        prog=f"python {name}.py {chosen}",
+        usage="%(prog)s [flags]",
+        description=command.__doc__,
+        epilog=f"Commands: {', '.join(commands)}; without one, {next(iter(commands))}. Each has its own --help.",
+        allow_abbrev=False,
+    )
+    settings = defaults_of(classes)
+    sized = {field for cls in classes for field in cls.__dataclass_fields__} >= set(next(iter(presets.values())))
+    if sized:
+        first = next(iter(presets))
+        settings |= presets[first]
+        parser.add_argument("--preset", metavar="", help=f"a named size ({', '.join(presets)}; default {first})")
+        parser.add_argument("--config", metavar="", help="a JSON file of settings, as run.json is; flags win over it")
+    for cls in classes:
+        add_flags(parser, cls, settings)
+    given = vars(parser.parse_args(arguments[1:] if arguments[:1] == [chosen] else arguments))
+    preset, config = given.pop("preset", None), given.pop("config", None)
+    if preset and preset not in presets:
+        raise ValueError(f"there is no preset {preset}: the presets are {', '.join(presets)}")
+    given = (presets[preset] if preset else {}) | (read_settings(config, classes) if config else {}) | given
+    return command, settings | given, given
+
+
 # ---------------------------------------------------------------------------------------------------
 # 7. The machine
 # ---------------------------------------------------------------------------------------------------
+
+
+def choose_device(name: str):
+    """--device as a torch.device. Raises ValueError for one that is not there."""
+    import torch
+
+    there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
+    if name == "auto":
+        name = next(kind for kind, available in there.items() if available)
+    if not there[name]:
+        raise ValueError(f"this PyTorch sees no {name} device; use --device cpu, or install PyTorch with {name}")
+    return torch.device(name)
+
+
+def choose_dtype(name: str, device):
+    """--dtype as a torch.dtype. The weights are float32 anyway; this is what products are computed in."""
+    import torch
+
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":  # a T4 (7.5) has no bfloat16
+        return torch.bfloat16 if torch.cuda.get_device_capability()[0] >= 8 else torch.float16
+    if device.type == "cpu" and matmul_gflops("cpu", torch.bfloat16) > 1.2 * matmul_gflops("cpu", torch.float32):
+        return torch.bfloat16  # a processor with bfloat16 instructions
+    return torch.float32
+
+
+def autocast_to(dtype, device):
+    """A context in which matrix products are computed in `dtype`; weights and sums stay float32."""
+    import torch
+
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 def matmul_gflops(device, dtype, size: int = 512, seconds: float = 0.02) -> float:
@@ -737,9 +806,33 @@ def keep_freed_memory() -> None:
     """
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL("libc.so.6").mallopt
-        trim_threshold, mmap_max = -1, -4  # from malloc.h
+        trim_threshold, top_pad, mmap_max = -1, -2, -4  # from malloc.h
         mallopt(trim_threshold, 2**31 - 1)
+        mallopt(top_pad, 64 << 20)
         mallopt(mmap_max, 0)
+
+
+def load_checkpoint(path, name: str, build_model):
+    """(checkpoint, model): what `name`.py saved at `path`, with the tokenizer beside it as checkpoint["tokenizer"].
+
+    build_model(config dict) -> the module that takes the weights. No code in the file is run. Raises
+    ValueError where it is something else than a whole checkpoint of that name.
+    """
+    import torch
+
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"there is no checkpoint {path}: train one, or name another with --init_from")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if checkpoint["name"] != name:
+            raise ValueError(f"{checkpoint['name']}.py wrote it")
+        model = build_model(checkpoint["config"])
+        model.load_state_dict(checkpoint["model"])
+    except Exception as error:  # a foreign file can fail in any way
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise ValueError(f"{path} is no whole checkpoint of {name}.py: {reason}") from None
+    return checkpoint | {"tokenizer": Tokenizer.load(path.with_name("tokenizer.json"))}, model
 
 
 def peak_memory_mb(device) -> float:
@@ -752,3 +845,20 @@ def peak_memory_mb(device) -> float:
 
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+
+
+@contextlib.contextmanager
+def interrupts():
+    """Within it Ctrl-C only makes the yielded list true, so that no step is left half done; twice, it stops."""
+    pressed = []
+
+    def note(signal_number, frame):
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(signal_number)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -28,7 +28,7 @@ import codecs
 import contextlib
 import json
 import math
-import signal
+import os
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
@@ -72,18 +72,26 @@ class GPTConfig:
     def __post_init__(self):
         if min(self.vocab_size, self.block_size, self.n_head, self.n_embd) < 1 or self.n_layer < 0:
             raise ValueError("vocab_size, block_size, n_head and n_embd have to be at least 1, n_layer at least 0")
-        if self.head_dim is None:
-            if self.n_embd % self.n_head:
-                raise ValueError(
-                    f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}: change one of them or set head_dim"
-                )
-            self.head_dim = self.n_embd // self.n_head
-        if self.pos == "rotary" and self.head_dim % 2:
-            raise ValueError(f"rotary positions turn pairs of numbers: head_dim {self.head_dim} has to be even")
+        if self.head_dim is None and self.n_embd % self.n_head:
+            raise ValueError(
+                f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}: change one of them or set head_dim"
+            )
+        if self.pos == "rotary" and self.key_width % 2:
+            raise ValueError(f"rotary positions turn pairs of numbers: head_dim {self.key_width} has to be even")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout {self.dropout} is not between 0 and 1")
-        self.value_dim = self.head_dim if self.value_dim is None else self.value_dim
-        self.n_ff = 4 * self.n_embd if self.n_ff is None else self.n_ff
+
+    @property
+    def key_width(self) -> int:
+        return self.head_dim or self.n_embd // self.n_head
+
+    @property
+    def value_width(self) -> int:
+        return self.value_dim or self.key_width
+
+    @property
+    def ff_width(self) -> int:
+        return 4 * self.n_embd if self.n_ff is None else self.n_ff
 
 
 PRESETS = {
@@ -94,7 +102,10 @@ PRESETS = {
     "gpt2-large": dict(vocab_size=50257, block_size=1024, n_layer=36, n_head=20, n_embd=1280),  # 774 M
     "gpt2-xl": dict(vocab_size=50257, block_size=1024, n_layer=48, n_head=25, n_embd=1600),  # 1.56 B
 }
-RECIPE = dict(max_steps=300, batch_size=32, lr=0.01, matrix_lr=0.03)  # what suits "laptop" and input.txt
+RECIPES = {  # training settings that go with a preset; the others start from laptop's
+    "laptop": dict(max_steps=300, batch_size=32, lr=0.01, matrix_lr=0.03),
+    "t4": dict(max_steps=3000, batch_size=32, lr=0.005, matrix_lr=0.02, eval_interval=250),
+}
 
 # ---------------------------------------------------------------------------------------------------
 # 3. Layers, from the bottom up
@@ -167,9 +178,9 @@ class Attention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.n_head, self.dropout = config.n_head, config.dropout
-        self.widths = [config.n_head * width for width in (config.head_dim, config.head_dim, config.value_dim)]
+        self.widths = [config.n_head * width for width in (config.key_width, config.key_width, config.value_width)]
         self.qkv = nn.Linear(config.n_embd, sum(self.widths), bias=config.bias)  # three maps in one product
-        self.qkv.weight.maps = 3 if config.value_dim == config.head_dim else 1  # Muon takes each by itself
+        self.qkv.weight.maps = 3 if config.value_width == config.key_width else 1  # for the optimizer, see Muon
         self.proj = nn.Linear(self.widths[2], config.n_embd, bias=config.bias)
 
     def forward(self, x, turn=None, cache: KVCache | None = None):
@@ -194,8 +205,8 @@ class FeedForward(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.act, self.dropout = config.act, config.dropout
-        self.up = nn.Linear(config.n_embd, config.n_ff, bias=config.bias)
-        self.down = nn.Linear(config.n_ff, config.n_embd, bias=config.bias)
+        self.up = nn.Linear(config.n_embd, config.ff_width, bias=config.bias)
+        self.down = nn.Linear(config.ff_width, config.n_embd, bias=config.bias)
 
     def forward(self, x):
         inner = self.up(x)  # (B, T, n_ff)
@@ -210,7 +221,7 @@ class Block(nn.Module):
         super().__init__()
         self.place, self.residual = config.norm, config.residual
         self.attn, self.attn_norm = Attention(config), make_norm(config)
-        self.mlp, self.mlp_norm = (FeedForward(config), make_norm(config)) if config.n_ff else (None, None)
+        self.mlp, self.mlp_norm = (FeedForward(config), make_norm(config)) if config.ff_width else (None, None)
 
     def add(self, x, sublayer, norm):
         """x + sublayer(norm(x)), GPT-2's pre-norm; or post-norm, norm(x + sublayer(x)); or without the x +."""
@@ -245,7 +256,7 @@ class GPT(nn.Module):
         elif config.pos == "sinusoidal":
             self.register_buffer("positions", sinusoids(config.block_size, config.n_embd), persistent=False)
         elif config.pos == "rotary":
-            table = sinusoids(config.block_size, config.head_dim)  # sin, cos, sin, cos, ...
+            table = sinusoids(config.block_size, config.key_width)  # sin, cos, sin, cos, ...
             self.register_buffer("turns", torch.stack((table[:, 1::2], table[:, ::2])), persistent=False)
         self.drop = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -294,12 +305,6 @@ class GPT(nn.Module):
             return logits, None
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
 
-    def flops_per_token(self) -> float:
-        """Floating-point operations of a training step per token: 2 forward and 4 backward per weight of a
-        matrix product, and the same for the scores and the mix of attention (Kaplan et al. 2020, 2.1)."""
-        weights = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
-        width = self.config.n_head * (self.config.head_dim + self.config.value_dim)
-        return 6 * (weights + self.config.n_layer * self.config.block_size * width)
 
 
 Model, Config, NAME = GPT, GPTConfig, "gpt"  # under these names the rooms below are the same in all three files
@@ -317,18 +322,14 @@ class ObjectiveConfig:
     """Next-token prediction has nothing to set. (BERT's masking and T5's spans do.)"""
 
 
-def check_corpus(corpus, config: Config, objective: ObjectiveConfig) -> None:
-    """Raises ValueError where the corpus cannot fill one batch row."""
-    if len(corpus.train) <= config.block_size or len(corpus.validation) < 2:
-        raise ValueError(
-            f"the text is too short: {len(corpus.train)} training and {len(corpus.validation)} validation tokens "
-            f"for windows of {config.block_size}; give more text or a smaller --block_size"
-        )
-
-
 def rows_per_epoch(corpus, config: Config, objective: ObjectiveConfig) -> int:
-    """How many windows the training part has."""
-    return max((len(corpus.train) - 1) // config.block_size - 1, 1)
+    """How many windows the training part has. Raises ValueError where it is too short for one."""
+    if len(corpus.train) <= config.block_size:
+        raise ValueError(
+            f"the text is too short: {len(corpus.train)} tokens to train on do not fill a window of "
+            f"{config.block_size}; give more text or a smaller --block_size"
+        )
+    return max((len(corpus.train) - 1) // config.block_size - 1, 1)  # one less, so that the offset is free
 
 
 def train_batch(corpus, config: Config, objective: ObjectiveConfig, seed: int, step: int, rows: int) -> dict:
@@ -354,11 +355,35 @@ def eval_batches(corpus, config: Config, objective: ObjectiveConfig, rows: int):
     from data import sliding_windows
 
     T = config.block_size
-    idx, targets = sliding_windows(corpus.validation, T, T, pad_id=0)
-    spelled = np.where(targets >= 0, corpus.token_bytes[targets], 0).sum(axis=1)
-    for i in range(0, len(idx), rows):
-        arrays = dict(idx=idx[i : i + rows], targets=targets[i : i + rows], bytes=spelled[i : i + rows])
-        yield {name: torch.from_numpy(array) for name, array in arrays.items()}
+    for start in range(0, len(corpus.validation) - 1, rows * T):
+        part = corpus.validation[start : start + rows * T + 1]  # the last token is a target only
+        idx, targets = sliding_windows(part, T, T, pad_id=0)
+        spelled = np.where(targets >= 0, corpus.token_bytes[targets], 0).sum(axis=1)
+        yield {k: torch.from_numpy(v) for k, v in dict(idx=idx, targets=targets, bytes=spelled).items()}
+
+
+class CrossEntropy(torch.autograd.Function):
+    """The sum of -log softmax(logits)[target] over rows, for logits (N, V) and targets (N,), -100 for none.
+
+    Its gradient is softmax(logits) - onehot(target), so the probabilities are turned into it right away, in
+    the logits' own type: `F.cross_entropy` goes over N x V numbers in float32 three times more.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, targets):
+        asked = (targets >= 0).unsqueeze(1)  # (N, 1)
+        target = targets.clamp(min=0).unsqueeze(1)  # (N, 1)
+        gradient = F.softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))  # (N, V)
+        likelihood = gradient.gather(1, target).clamp(min=torch.finfo(gradient.dtype).tiny)  # (N, 1)
+        gradient.scatter_add_(1, target, -torch.ones_like(likelihood))
+        if not asked.all():
+            gradient.mul_(asked)
+        ctx.save_for_backward(gradient.to(logits.dtype))
+        return -(likelihood.log() * asked).sum()
+
+    @staticmethod
+    def backward(ctx, scale):
+        return ctx.saved_tensors[0] * scale.to(ctx.saved_tensors[0].dtype), None
 
 
 def loss_sum(model: GPT, batch: dict):
@@ -368,10 +393,23 @@ def loss_sum(model: GPT, batch: dict):
     denominator: bits per byte = loss / ln 2 over bytes, which can be compared across tokenizers.
     """
     logits = model(batch["idx"])[0].flatten(0, 1)  # (B * T, V)
-    loss = F.cross_entropy(logits, batch["targets"].flatten(), ignore_index=-100, reduction="sum")
+    loss = CrossEntropy.apply(logits, batch["targets"].flatten())
     count = (batch["targets"] != -100).sum()
     metrics = {"bits_per_byte": (loss.detach() / math.log(2), batch["bytes"].sum())} if "bytes" in batch else {}
     return loss, count, metrics
+
+
+def count_tokens(batch: dict) -> int:
+    """How many tokens the model reads in a batch."""
+    return batch["idx"].numel()
+
+
+def count_flops(model: GPT, batch: dict) -> float:
+    """Floating-point operations of a training step: per token 2 forward and 4 backward for each weight of a
+    matrix product, and as many for each number in attention's two (Kaplan et al. 2020, section 2.1)."""
+    weights = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
+    width = model.config.n_head * (model.config.key_width + model.config.value_width)
+    return 6 * count_tokens(batch) * (weights + model.config.n_layer * batch["idx"].size(1) * width)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -398,6 +436,18 @@ def sample(logits, temperature: float = 1.0, top_k: int | None = None, top_p: fl
     return token.gather(-1, drawn)[:, 0]
 
 
+@contextlib.contextmanager
+def fast_product(x):
+    """The way to multiply by x (B, T, ...) on a CPU. For a single vector oneDNN, PyTorch's library for bfloat16
+    products, takes three times as long as PyTorch's own loop, because it rearranges the whole matrix first."""
+    before = torch.backends.mkldnn.enabled
+    torch.backends.mkldnn.enabled = before and x.numel() > 1
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = before
+
+
 @torch.no_grad()
 def generate(
     model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop=None, use_cache=True, on_token=None
@@ -411,6 +461,7 @@ def generate(
     When the context is full, its older half is dropped and the rest computed again: learned positions
     belong to places in the window, so the cached keys would be wrong once the window moves.
     """
+    model.eval()  # no dropout
     (B, T), block_size = idx.shape, model.config.block_size
     tokens = torch.cat((idx, idx.new_zeros(B, max_new_tokens)), dim=1)
     start = max(0, T - block_size)  # the window is tokens[:, start:end]
@@ -423,7 +474,8 @@ def generate(
             cache = [KVCache(block_size) for _ in model.blocks] if use_cache else []
         else:
             new = tokens[:, end - 1 : end]
-        logits = model.head(model.hidden(new, cache)[:, -1])  # (B, V)
+        with fast_product(new):
+            logits = model.head(model.hidden(new, cache)[:, -1])  # (B, V)
         column = sample(logits, temperature, top_k, top_p)
         if stop is not None:
             column = column.masked_fill(done, stop)
@@ -465,6 +517,8 @@ def continuations(model: GPT, tokenizer, documents: int, options: GenerateConfig
     """
     end = tokenizer.special[SEPARATOR]
     ids = ([end] if documents > 1 else []) + tokenizer.encode(options.prompt) or tokenizer.encode("\n")
+    if len(ids) > model.config.block_size:
+        raise ValueError(f"the prompt has {len(ids)} tokens, the context {model.config.block_size}: shorten it")
     decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a token may end inside a character
 
     def show(column):
@@ -516,19 +570,29 @@ def generate_speeds(model: GPT) -> dict[str, float]:
 
 
 @dataclass
-class TrainConfig:
-    """One run: what to learn from, for how long, how fast, and on which machine."""
+class RunConfig:
+    """Which weights, on which machine."""
 
+    out_dir: str = f"out/{NAME}"  # folder of a run: checkpoints, log and chart
+    init_from: str = ""  # a checkpoint; without it, out_dir's best.pt or else its ckpt.pt
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: the best there is
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: the fastest there is
+    seed: int = 0  # of all random draws: the same seed, the same result
+
+
+@dataclass
+class TrainConfig(RunConfig):
+    """What to learn from, for how long, and how fast."""
+
+    init_from: str = "scratch"  # scratch, resume (what out_dir holds), or a checkpoint
     data: str = "input.txt"  # a file, folder or URL, or shakespeare, tinystories, imdb
-    out_dir: str = f"out/{NAME}"  # folder for checkpoints, log and chart
-    init_from: str = "scratch"  # scratch, resume (what out_dir holds), or a checkpoint file
-    max_steps: int = RECIPE["max_steps"]  # optimizer steps
+    max_steps: int = RECIPES["laptop"]["max_steps"]  # optimizer steps
     epochs: float = 0.0  # passes over the training part; if given, max_steps follows from it
-    batch_size: int = RECIPE["batch_size"]  # sequences that are computed at once
+    batch_size: int = RECIPES["laptop"]["batch_size"]  # sequences that are computed at once
     grad_accum: int = 1  # such batches per step; their gradients are added
     optimizer: Literal["muon", "adamw"] = "muon"  # muon: for matrices, with AdamW for all else
-    lr: float = RECIPE["lr"]  # AdamW's highest learning rate
-    matrix_lr: float = RECIPE["matrix_lr"]  # Muon's highest learning rate
+    lr: float = RECIPES["laptop"]["lr"]  # AdamW's highest learning rate
+    matrix_lr: float = RECIPES["laptop"]["matrix_lr"]  # Muon's highest learning rate
     weight_decay: float = 0.0  # share of lr by which matrices shrink at each step
     warmup_steps: int = 20  # steps in which the learning rate rises
     schedule: Literal["linear", "cosine"] = "linear"  # how it falls to zero afterwards
@@ -536,9 +600,6 @@ class TrainConfig:
     log_interval: int = 10  # steps between two lines of the log
     eval_interval: int = 100  # steps between two evaluations, each with a checkpoint
     snapshot_interval: int = 0  # steps between two checkpoints that are kept for good (0: none)
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: the best there is
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: the fastest there is
-    seed: int = 0  # a step's batch and dropout depend on this and the step's number alone
     compile: bool = False  # torch.compile: pays on a GPU, in long runs
 
     def __post_init__(self):
@@ -585,9 +646,9 @@ class Muon(torch.optim.Optimizer):
                 kinds.setdefault(("adamw", p.ndim >= 2), []).append(p)
         groups = []
         for (kind, detail), params in kinds.items():
-            lr = run.matrix_lr if kind == "muon" else run.lr
-            decay = run.weight_decay if kind == "muon" or detail else 0.0  # biases and norms do not decay
-            groups.append(dict(params=params, kind=kind, shape=detail, lr=lr, highest_lr=lr, weight_decay=decay))
+            highest = run.matrix_lr if kind == "muon" else run.lr
+            decay = run.weight_decay if detail else 0.0  # biases and norms do not decay
+            groups.append(dict(params=params, kind=kind, shape=detail, lr=highest, highest_lr=highest, weight_decay=decay))
         super().__init__(groups, {})
 
     @torch.no_grad()
@@ -603,21 +664,21 @@ class Muon(torch.optim.Optimizer):
         update = orthogonalize(gradient.lerp(average, momentum).to(self.dtype)).to(gradient.dtype)  # (Nesterov)
         lr_of_shape = lr * max(1, rows / cols) ** 0.5
         for p, direction in zip(params, update.split([len(p) // rows for p in params])):
-            p.mul_(1 - lr * group["weight_decay"]).sub_(direction.view_as(p), alpha=lr_of_shape)
+            p.mul_(1 - lr * group["weight_decay"]).sub_(direction.reshape(p.shape), alpha=lr_of_shape)
 
     def step_adamw(self, group, betas=(0.9, 0.95), eps: float = 1e-8):
         """p -= lr * (mean of g) / (root of the mean of g^2), means over the last steps (Kingma & Ba 2015)."""
         params, states = group["params"], [self.state[p] for p in group["params"]]
         for p, state in zip(params, states):
             if not state:
-                state.update(step=torch.zeros((), device=p.device), mean=torch.zeros_like(p), square=torch.zeros_like(p))
+                state.update(count=torch.zeros((), device=p.device), mean=torch.zeros_like(p), square=torch.zeros_like(p))
         adamw(
             params,
             [p.grad for p in params],
             [state["mean"] for state in states],
             [state["square"] for state in states],
             [],
-            [state["step"] for state in states],
+            [state["count"] for state in states],
             fused=True,  # all in one kernel
             amsgrad=False,
             maximize=False,
@@ -635,34 +696,6 @@ def schedule(step: int, run: TrainConfig) -> float:
         return (step + 1) / (run.warmup_steps + 1)
     left = (run.max_steps - step) / max(run.max_steps - run.warmup_steps, 1)  # from 1 down to 0
     return left if run.schedule == "linear" else 0.5 - 0.5 * math.cos(math.pi * left)
-
-
-def choose_device(name: str) -> torch.device:
-    """--device as a torch.device. Raises ValueError for one that is not there."""
-    there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
-    if name == "auto":
-        name = next(kind for kind, available in there.items() if available)
-    if not there[name]:
-        raise ValueError(f"this PyTorch sees no {name} device; use --device cpu, or install PyTorch with {name}")
-    return torch.device(name)
-
-
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """--dtype as a torch.dtype. The weights are float32 anyway; this is what products are computed in."""
-    from data import matmul_gflops
-
-    if name != "auto":
-        return getattr(torch, name)
-    if device.type == "cuda":  # a T4 (7.5) has no bfloat16
-        return torch.bfloat16 if torch.cuda.get_device_capability()[0] >= 8 else torch.float16
-    if device.type == "cpu" and matmul_gflops("cpu", torch.bfloat16) > 1.2 * matmul_gflops("cpu", torch.float32):
-        return torch.bfloat16  # a processor with bfloat16 instructions
-    return torch.float32
-
-
-def autocast_to(dtype: torch.dtype, device: torch.device):
-    """A context in which matrix products are computed in `dtype`; weights and sums stay float32."""
-    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 def update(model, batch: dict, optimizer, scaler, autocast, run: TrainConfig) -> torch.Tensor:
@@ -708,46 +741,6 @@ def evaluate(model, batches, autocast) -> dict[str, float]:
     return {name: over / under for name, (over, under) in sums.items()}
 
 
-def load_checkpoint(path) -> dict:
-    """A checkpoint of this model and, under "tokenizer", the tokenizer beside it. Runs no code from the file.
-
-    Raises ValueError where it is something else, OSError where it cannot be read.
-    """
-    from bpe import Tokenizer
-
-    path = Path(path)
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if checkpoint["name"] != NAME:
-            raise ValueError(f"it was written by {checkpoint['name']}.py")
-        Model(Config(**checkpoint["config"])).load_state_dict(checkpoint["model"])
-    except FileNotFoundError:
-        raise ValueError(f"there is no checkpoint {path}: train one, or name another with --init_from") from None
-    except OSError:
-        raise
-    except Exception as error:  # a foreign file can fail in as many ways as there are
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise ValueError(f"{path} is no whole checkpoint of {NAME}.py: {reason}") from None
-    return checkpoint | {"tokenizer": Tokenizer.load(path.with_name("tokenizer.json"))}
-
-
-@contextlib.contextmanager
-def interrupts():
-    """Within it Ctrl-C only makes the yielded list true, so that no step is left half done; twice, it stops."""
-    pressed = []
-
-    def note(signal_number, frame):
-        if pressed:
-            raise KeyboardInterrupt
-        pressed.append(signal_number)
-
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        yield pressed
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 class Trainer:
     """A run: the corpus, the model and its optimizer, and where it stands.
 
@@ -760,79 +753,82 @@ class Trainer:
         import data
 
         self.out_dir = Path(run.out_dir)
-        self.device = choose_device(run.device)
-        self.dtype = choose_dtype(run.dtype, self.device)
+        self.device = data.choose_device(run.device)
+        self.dtype = data.choose_dtype(run.dtype, self.device)
         if self.device.type == "cpu":
             data.keep_freed_memory()
         tokenizer = checkpoint["tokenizer"] if checkpoint else None
         self.corpus = data.prepare(run.data, config.vocab_size, SPECIAL_TOKENS, SEPARATOR, tokenizer)
         self.config, self.objective = replace(config, vocab_size=self.corpus.tokenizer.vocab_size), objective
-        check_corpus(self.corpus, self.config, objective)
-        rows = run.batch_size * run.grad_accum
-        if run.epochs:
-            steps = math.ceil(run.epochs * rows_per_epoch(self.corpus, self.config, objective) / rows)
-            run = replace(run, max_steps=max(steps, 1))
-        self.run, self.rows = replace(run, dtype=str(self.dtype).removeprefix("torch.")), rows
+        self.rows = run.batch_size * run.grad_accum
+        epoch = rows_per_epoch(self.corpus, self.config, objective)
+        steps = max(math.ceil(run.epochs * epoch / self.rows), 1) if run.epochs else run.max_steps
+        self.run = run = replace(run, max_steps=steps, epochs=0.0, dtype=str(self.dtype).removeprefix("torch."))
 
         torch.manual_seed(run.seed)
         self.model = Model(self.config).to(self.device)
         self.optimizer = Muon(self.model, run, self.dtype)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        self.autocast = autocast_to(self.dtype, self.device)
+        self.autocast = data.autocast_to(self.dtype, self.device)
         self.step, self.best = 0, math.inf
         if checkpoint:
             self.model.load_state_dict(checkpoint["model"])
             if run.init_from == "resume":
                 self.step, self.best = checkpoint["step"], checkpoint["best_loss"]
-                self.optimizer.load_state_dict(checkpoint["optimizer"])
+                groups = self.optimizer.state_dict()["param_groups"]  # as the flags say now, not as they said then
+                self.optimizer.load_state_dict(checkpoint["optimizer"] | {"param_groups": groups})
                 self.scaler.load_state_dict(checkpoint["scaler"])
         self.compiled = torch.compile(self.model) if run.compile else self.model
         self.log = data.RunLog(self.out_dir, self.step if run.init_from == "resume" else None)
 
     def train(self) -> bool:
         """Train until max_steps; False if Ctrl-C stopped it before. Either way ckpt.pt holds the last state."""
-        run, since = self.run, time.perf_counter()
+        from data import interrupts
+
+        run, pending = self.run, []  # pending: loss and number of tokens of the steps since the last report
         self.begin()
         with interrupts() as pressed:
-            losses = []
+            self.since = time.perf_counter()
             while self.step < run.max_steps and not pressed:
-                if self.step % run.eval_interval == 0 and self.step > 0:
-                    self.evaluate_and_save()
-                    since = time.perf_counter()
-                losses.append(self.train_step())
+                pending.append(self.train_step())
                 self.step += 1
-                if self.step % run.log_interval == 0 or self.step == run.max_steps:
-                    self.report(losses, time.perf_counter() - since)
-                    losses, since = [], time.perf_counter()
-                if run.snapshot_interval and self.step % run.snapshot_interval == 0:
+                evaluating = self.step % run.eval_interval == 0 or self.step == run.max_steps
+                keeping = run.snapshot_interval and self.step % run.snapshot_interval == 0
+                if evaluating or keeping or pressed or self.step % run.log_interval == 0:
+                    self.report(pending)  # before anything is saved: it stops a run that has come apart
+                    pending = []
+                if evaluating:
+                    self.evaluate_and_save()
+                if keeping:
                     self.save(f"ckpt_{self.step:06d}.pt")
-            if self.step < run.max_steps:
+            if pressed and self.step < run.max_steps:
                 self.save("ckpt.pt")
-                return False
-            self.evaluate_and_save()
-        return True
+        return self.step >= run.max_steps
 
-    def train_step(self) -> torch.Tensor:
-        """One optimizer step on this step's batch; returns its loss per token."""
+    def train_step(self) -> tuple[torch.Tensor, int]:
+        """One optimizer step on this step's batch; returns its loss per token and how many tokens it read."""
         run = self.run
         for group in self.optimizer.param_groups:
             group["lr"] = group["highest_lr"] * schedule(self.step, run)
         torch.manual_seed(hash((run.seed, self.step)))  # for dropout
         batch = train_batch(self.corpus, self.config, self.objective, run.seed, self.step, self.rows)
-        return update(self.compiled, batch, self.optimizer, self.scaler, self.autocast, run)
+        return update(self.compiled, batch, self.optimizer, self.scaler, self.autocast, run), count_tokens(batch)
 
     def evaluate_and_save(self) -> None:
         """Evaluate, log, show a sample; keep the weights if they are the best so far; save the state."""
         batches = eval_batches(self.corpus, self.config, self.objective, self.run.batch_size)
-        row = self.log.write(step=self.step, **evaluate(self.model, batches, self.autocast))
-        self.log.say("  ".join([f"step {self.step}"] + [f"{k} {v:.4f}" for k, v in row.items() if k not in ("step", "seconds")]))
+        found = evaluate(self.model, batches, self.autocast)
+        self.check(found["val_loss"], self.step)
+        self.log.write(step=self.step, **found)
+        self.log.say("  ".join([f"step {self.step}", *(f"{name} {value:.4f}" for name, value in found.items())]))
         if self.step < self.run.max_steps:
             self.log.say(*("    " + line for line in self.show(40).splitlines() if line))
-        if row["val_loss"] < self.best:
-            self.best = row["val_loss"]
+        if found["val_loss"] < self.best:
+            self.best = found["val_loss"]
             self.save("best.pt", weights_only=True)
         self.save("ckpt.pt")
         self.log.draw(f"{NAME}: loss per token, {self.step} of {self.run.max_steps} steps")
+        self.since = time.perf_counter()
 
     def show(self, length: int) -> str:
         """A sample of what the model can do by now."""
@@ -841,23 +837,28 @@ class Trainer:
         with self.autocast:
             return demonstrate(self.model, self.corpus, length)
 
-    def report(self, losses: list, seconds: float) -> None:
+    def report(self, pending: list) -> None:
         """Log the mean loss since the last report. Raises ValueError when the run has come apart."""
-        values = torch.stack(losses).tolist()
-        broken = next((i for i, value in enumerate(values) if not math.isfinite(value)), None)
-        if broken is not None:
-            raise ValueError(
-                f"the loss became {values[broken]} at step {self.step - len(values) + broken + 1}; the last good checkpoint "
-                f"is kept in {self.out_dir}. Try half the --lr and --matrix_lr, a longer --warmup_steps, or --dtype float32"
-            )
-        loss, lr = sum(values) / len(values), schedule(self.step - 1, self.run) * self.run.lr
-        speed = len(values) * self.rows * self.config.block_size / seconds
+        run, losses = self.run, torch.stack([loss for loss, _ in pending]).tolist()  # (waits for the device)
+        seconds, self.since = time.perf_counter() - self.since, time.perf_counter()
+        for step, loss in enumerate(losses, self.step - len(losses) + 1):
+            self.check(loss, step)
+        loss, lr = sum(losses) / len(losses), schedule(self.step - 1, run) * run.lr
+        speed = sum(tokens for _, tokens in pending) / seconds
         self.log.write(step=self.step, loss=loss, lr=lr, tokens_per_second=round(speed))
-        left = (self.run.max_steps - self.step) * seconds / len(values)
+        left = (run.max_steps - self.step) * seconds / len(losses)
         self.log.progress(
-            f"step {self.step}/{self.run.max_steps}  loss {loss:.3f}  {speed:,.0f} tokens/s  "
+            f"step {self.step}/{run.max_steps}  loss {loss:.3f}  {speed:,.0f} tokens/s  "
             f"{left // 60:.0f}:{left % 60:02.0f} left"
         )
+
+    def check(self, loss: float, step: int) -> None:
+        """Raises ValueError for a loss that is no number any more."""
+        if not math.isfinite(loss):
+            raise ValueError(
+                f"the loss became {loss} at step {step}; the last good checkpoint is kept in {self.out_dir}. "
+                f"Try half the --lr and --matrix_lr, a longer --warmup_steps, or --dtype float32"
+            )
 
     def begin(self) -> None:
         """Say what is about to happen; write run.json, tokenizer.json and, for a new run, the first ckpt.pt."""
@@ -872,12 +873,13 @@ class Trainer:
             f"data: {run.data}, {corpus.documents:,} document{'s' * (corpus.documents != 1)}; {len(corpus.train):,} tokens "
             f"to train on, {len(corpus.validation):,} to validate; vocabulary of {config.vocab_size:,}",
             f"model: {weights / 1e6:.2f} million parameters, on {self.device.type} in {run.dtype}; "
-            f"{run.max_steps:,} steps of {self.rows} x {config.block_size} tokens",
+            f"{run.max_steps:,} steps of {self.rows} sequences",
         )
         if self.step:
             self.log.say(f"resumed at step {self.step}")
         else:
             self.save("ckpt.pt")
+            (self.out_dir / "best.pt").unlink(missing_ok=True)  # of an earlier run
 
     def save(self, name: str, weights_only: bool = False) -> None:
         """Write a checkpoint into out_dir: tensors and plain types only. The old one stays until it is whole."""
@@ -905,18 +907,7 @@ class Trainer:
 
 
 @dataclass
-class LoadConfig:
-    """Which weights, on which machine."""
-
-    out_dir: str = f"out/{NAME}"  # a run's folder: its best.pt is taken, or else its ckpt.pt
-    init_from: str = ""  # a checkpoint file, instead of those in out_dir
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: the best there is
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: the fastest there is
-    seed: int = 0  # of random draws; another seed, another text
-
-
-@dataclass
-class EvalConfig:
+class EvalConfig(RunConfig):
     """What to evaluate on."""
 
     data: str = ""  # as in training; without it, what the model was trained on
@@ -925,22 +916,22 @@ class EvalConfig:
 
 def train_command(settings: dict, given: dict) -> int:
     """Train, from scratch, from a checkpoint's weights, or where a run was stopped."""
-    init_from = settings["init_from"]
-    checkpoint = None
+    import data
+
+    init_from, checkpoint = settings["init_from"], None
     if init_from != "scratch":
         folder = Path(settings["out_dir"])
         if init_from == "resume" and not (folder / "ckpt.pt").exists():
             raise ValueError(f"nothing to resume in {folder}: no ckpt.pt; train with --init_from scratch, or set --out_dir")
-        checkpoint = load_checkpoint(folder / "ckpt.pt" if init_from == "resume" else init_from)
+        path = folder / "ckpt.pt" if init_from == "resume" else init_from
+        checkpoint, _ = data.load_checkpoint(path, NAME, lambda config: Model(Config(**config)))
         for name, value in checkpoint["config"].items():
             if name in given and given[name] != value and name != "dropout":
                 raise ValueError(f"--{name} {given[name]} does not fit the checkpoint, which has {value}: leave it out")
         settings |= checkpoint["config"] | {k: v for k, v in given.items() if k == "dropout"}
         if init_from == "resume":
             settings |= checkpoint["objective"] | checkpoint["run"] | given
-    from data import build
-
-    config, objective, run = build(Config, settings), build(ObjectiveConfig, settings), build(TrainConfig, settings)
+    config, objective, run = (data.build(cls, settings) for cls in (Config, ObjectiveConfig, TrainConfig))
     trainer = Trainer(run, config, objective, checkpoint)
     again = "" if run.out_dir == f"out/{NAME}" else f" --out_dir {run.out_dir}"
     if not trainer.train():
@@ -956,31 +947,29 @@ def train_command(settings: dict, given: dict) -> int:
     return 0
 
 
-def load_model(load: LoadConfig):
+def load_model(load: RunConfig):
     """(model, checkpoint, device, dtype): the weights that --init_from or --out_dir name."""
-    from data import say
+    import data
 
     paths = [load.init_from] if load.init_from else [Path(load.out_dir) / name for name in ("best.pt", "ckpt.pt")]
     path = next((path for path in paths if Path(path).exists()), paths[-1])
-    checkpoint = load_checkpoint(path)
-    say(f"{path}: step {checkpoint['step']}")
-    device = choose_device(load.device)
-    model = Model(Config(**checkpoint["config"])).to(device)
-    model.load_state_dict(checkpoint["model"])
-    return model.eval(), checkpoint, device, choose_dtype(load.dtype, device)
+    checkpoint, model = data.load_checkpoint(path, NAME, lambda config: Model(Config(**config)))
+    data.say(f"{path}: step {checkpoint['step']}")
+    device = data.choose_device(load.device)
+    return model.to(device).eval(), checkpoint, device, data.choose_dtype(load.dtype, device)
 
 
 def eval_command(settings: dict, given: dict) -> int:
     """Print the validation loss and metrics of a model as a line of JSON."""
-    from data import build, prepare
+    import data
 
-    load, options = build(LoadConfig, settings), build(EvalConfig, settings)
-    model, checkpoint, device, dtype = load_model(load)
+    options = data.build(EvalConfig, settings)
+    model, checkpoint, device, dtype = load_model(options)
     source = options.data or checkpoint["run"]["data"]
-    config, objective = Config(**checkpoint["config"]), build(ObjectiveConfig, checkpoint["objective"])
-    corpus = prepare(source, config.vocab_size, SPECIAL_TOKENS, SEPARATOR, checkpoint["tokenizer"])
+    config, objective = Config(**checkpoint["config"]), data.build(ObjectiveConfig, checkpoint["objective"])
+    corpus = data.prepare(source, config.vocab_size, SPECIAL_TOKENS, SEPARATOR, checkpoint["tokenizer"])
     batches = eval_batches(corpus, config, objective, options.batch_size)
-    row = {"step": checkpoint["step"], **evaluate(model, batches, autocast_to(dtype, device))}
+    row = {"step": checkpoint["step"], **evaluate(model, batches, data.autocast_to(dtype, device))}
     print(json.dumps(row | {"perplexity": math.exp(min(row["val_loss"], 700))}))
     return 0
 
@@ -989,7 +978,7 @@ def generate_command(settings: dict, given: dict) -> int:
     """Let a model write."""
     from data import build
 
-    model, checkpoint, _, dtype = load_model(build(LoadConfig, settings))
+    model, checkpoint, _, dtype = load_model(build(RunConfig, settings))
     torch.manual_seed(settings["seed"])
     write_samples(model.to(dtype), checkpoint, build(GenerateConfig, settings))
     return 0
@@ -1000,16 +989,16 @@ def bench_command(settings: dict, given: dict) -> int:
     import data
 
     config, objective, run = (data.build(cls, settings) for cls in (Config, ObjectiveConfig, TrainConfig))
-    device = choose_device(run.device)
-    dtype = choose_dtype(run.dtype, device)
+    device = data.choose_device(run.device)
+    dtype = data.choose_dtype(run.dtype, device)
     if device.type == "cpu":
         data.keep_freed_memory()
     model = Model(config).to(device)
-    optimizer, autocast = Muon(model, run, dtype), autocast_to(dtype, device)
+    optimizer, autocast = Muon(model, run, dtype), data.autocast_to(dtype, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     compiled = torch.compile(model) if run.compile else model
     rows = run.batch_size * run.grad_accum
-    corpus = data.random_corpus(config.vocab_size, (rows + 2) * (config.block_size + 1), SPECIAL_TOKENS)
+    corpus = data.random_corpus(config.vocab_size, SPECIAL_TOKENS)
     times = []
     while len(times) < 5 or (sum(times) < 8 and len(times) < 100):
         start = time.perf_counter()
@@ -1017,8 +1006,7 @@ def bench_command(settings: dict, given: dict) -> int:
         update(compiled, batch, optimizer, scaler, autocast, run).item()
         times.append(time.perf_counter() - start)
     seconds = sorted(times[2:])[len(times[2:]) // 2]
-    tokens = rows * config.block_size
-    gflops = model.flops_per_token() * tokens / seconds / 1e9
+    tokens, gflops = count_tokens(batch), count_flops(model, batch) / seconds / 1e9
     peak = data.matmul_gflops(device, dtype, 1024 if device.type == "cpu" else 8192, seconds=0.5)
     row = dict(ms_per_step=seconds * 1e3, tokens_per_second=tokens / seconds, gflops=gflops, matmul_gflops=peak)
     row |= dict(share=gflops / peak, peak_memory_mb=data.peak_memory_mb(device))
@@ -1028,44 +1016,27 @@ def bench_command(settings: dict, given: dict) -> int:
 
 COMMANDS = {
     "train": (train_command, (Config, ObjectiveConfig, TrainConfig)),
-    "generate": (generate_command, (GenerateConfig, LoadConfig)),
-    "eval": (eval_command, (EvalConfig, LoadConfig)),
+    "generate": (generate_command, (GenerateConfig, RunConfig)),
+    "eval": (eval_command, (EvalConfig,)),
     "bench": (bench_command, (Config, ObjectiveConfig, TrainConfig)),
 }
-
-
-def run_command(arguments: list[str]) -> int:
-    """Parse the command line and do what it says: defaults < --preset < --config < flags."""
-    from data import Parser, add_flags, defaults_of, read_settings
-
-    name = arguments[0] if arguments and not arguments[0].startswith("-") else "train"
-    if name not in COMMANDS:
-        raise ValueError(f"there is no command {name}: the commands are {', '.join(COMMANDS)}")
-    command, classes = COMMANDS[name]
-    parser = Parser(prog=f"{NAME}.py {name}", description=command.__doc__, allow_abbrev=False)
-    parser.epilog = f"commands: {', '.join(COMMANDS)}; without one, train. python {NAME}.py COMMAND --help shows its flags."
-    if Config in classes:
-        parser.add_argument("--preset", default="laptop", help=f"a named size: {', '.join(PRESETS)} (default laptop)", metavar="")
-        parser.add_argument("--config", help="a JSON file of settings, as run.json is; flags win over it", metavar="")
-    for cls in classes:
-        add_flags(parser, cls, PRESETS["laptop"])
-    given = vars(parser.parse_args(arguments[1:] if arguments[:1] == [name] else arguments))
-    settings = {}
-    if Config in classes:
-        preset, path = given.pop("preset"), given.pop("config")
-        if preset not in PRESETS:
-            raise ValueError(f"there is no preset {preset}: the presets are {', '.join(PRESETS)}")
-        settings |= PRESETS[preset] | (read_settings(path, classes) if path else {})
-    return command(defaults_of(classes) | settings | given, given)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; the exit status: 0 done, 2 the user's mistake (one line says which), 130 Ctrl-C."""
     try:
-        return run_command(sys.argv[1:] if arguments is None else arguments)
+        from data import parse_command
+
+        presets = {name: PRESETS[name] | RECIPES.get(name, {}) for name in PRESETS}
+        arguments = sys.argv[1:] if arguments is None else arguments
+        command, settings, given = parse_command(NAME, COMMANDS, presets, arguments)
+        return command(settings, given)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # `... | head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except ModuleNotFoundError as error:
         if error.name not in ("bpe", "data"):
             raise

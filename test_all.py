@@ -421,7 +421,7 @@ def test_the_log_of_a_resumed_run_and_its_chart(tmp_path):
     log = data.RunLog(tmp_path, resumed_at=50)
     log.write(step=50, val_loss=2.75)
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [0, 10, 20, 30, 40, 50, 50] and rows[-1]["val_loss"] == 2.75
+    assert [row["step"] for row in rows] == [0, 10, 20, 30, 40, 50, 50, 50] and rows[-1]["val_loss"] == 2.75
     assert all(a["seconds"] <= b["seconds"] for a, b in zip(rows, rows[1:]))
     log.draw("a <title> & more")
     drawing = ElementTree.parse(tmp_path / "loss.svg").getroot()
@@ -686,7 +686,7 @@ def test_a_run_its_files_and_its_commands(stories, capsys):
         *("ckpt.pt", "best.pt", "tokenizer.json", "run.json", "log.jsonl", "loss.svg", "ckpt_000005.pt", "ckpt_000010.pt")
     }
     rows = [json.loads(line) for line in Path("run/log.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [2, 4, 4, 6, 8, 8, 10, 10]
+    assert [row["step"] for row in rows] == [2, 4, 4, 5, 6, 8, 8, 10, 10]
     assert {"step", "seconds", "loss", "lr", "tokens_per_second"} == rows[0].keys()
     assert {"step", "seconds", "val_loss", "bits_per_byte"} == rows[-1].keys()
     assert rows[-1]["val_loss"] < math.log(300)
