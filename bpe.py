@@ -1,11 +1,11 @@
 """Byte-level byte-pair encoding (BPE): the tokenizer of GPT-2, in one file of plain Python.
 
-A language model reads numbers, so text has to become numbers and come back unchanged. The two obvious
-ways are both wasteful: one number per byte makes long sequences, one per word needs a number for every
-word there is. BPE lies between. It starts from the 256 bytes, looks for the pair of neighbours that
-occurs most often in a text, makes that pair a token of its own, and repeats: "t"+"h", "th"+"e",
-" "+"the", ... After a few thousand merges common words are one token, rare ones a few, and any byte
-string at all, emoji or damaged file, can still be spelled.
+A language model reads numbers, so text has to become numbers and come back unchanged. The two
+obvious ways are both wasteful: one number per byte makes long sequences, one per word needs a
+number for every word there is. BPE lies between. It starts from the 256 bytes, looks for the pair
+of neighbours that occurs most often in a text, makes that pair a token of its own, and repeats:
+"t"+"h", "th"+"e", " "+"the", ... After a few thousand merges common words are one token, rare ones
+a few, and any byte string at all, emoji or damaged file, can still be spelled.
 
     counts = count_words(text)            1. split the text into words, count each       (GPT-2's pattern)
     merges = learn_merges(counts, ...)    2. merge the most frequent pair, again and again
@@ -15,10 +15,11 @@ string at all, emoji or damaged file, can still be spelled.
     >>> tok.decode(tok.encode("Once upon a time"))
     'Once upon a time'
 
-Ids: special tokens first, then the 256 bytes, then the merges in order. The file is the `tokenizer.json`
-of the `tokenizers` library, which learns the same merges and gives the same ids.
+Ids: special tokens first, then the 256 bytes, then the merges in order. The file is the
+`tokenizer.json` of the `tokenizers` library, which learns the same merges and gives the same ids.
 
-Sennrich et al. 2016, https://arxiv.org/abs/1508.07909 (BPE); Radford et al. 2019, section 2.2 (bytes).
+Sennrich et al. 2016, https://arxiv.org/abs/1508.07909 (BPE); Radford et al. 2019, section 2.2
+(bytes).
 """
 
 import functools
@@ -32,12 +33,13 @@ import unicodedata
 from collections import Counter, defaultdict
 from itertools import chain
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 1. Splitting: merges never cross the border between two words
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
-# Letters and numbers that Unicode gained from version 13 (Python 3.10) to 16, in hexadecimal ranges: with
-# them every Python splits alike. Classes never change for characters that a version already has.
+# Letters and numbers that Unicode gained from version 13 (Python 3.10) to 16, in hexadecimal
+# ranges: with them every Python splits alike. Classes never change for characters that a version
+# already has.
 NEW_LETTERS = """
 870-887 889-88e 8b5 8c8-8c9 c5d cdd 170d 171f 1b4c 1c89-1c8a 2c2f 2c5f 9ffd-9fff a7c0-a7c1 a7cb-a7cd
 a7d0-a7d1 a7d3 a7d5-a7dc a7f2-a7f4 10570-1057a 1057c-1058a 1058c-10592 10594-10595 10597-105a1
@@ -57,9 +59,10 @@ def word_pattern(limit: int) -> re.Pattern:
 
     `'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+`
 
-    In words: an English contraction's ending; a run of letters, of numbers, or of anything else, each with
-    the one space before it; white space, of which the last space is left to the word that follows. `re` has
-    no `\p{L}` (letters) and `\p{N}` (numbers), and its `\w` and `\d` are other sets, so both are spelled out.
+    In words: an English contraction's ending; a run of letters, of numbers, or of anything else,
+    each with the one space before it; white space, of which the last space is left to the word that
+    follows. `re` has no `\p{L}` (letters) and `\p{N}` (numbers), and its `\w` and `\d` are other
+    sets, so both are spelled out.
     """
     kinds = bytearray(ord(unicodedata.category(chr(code))[0]) for code in range(limit))
     for kind, spans in (b"L", NEW_LETTERS), (b"N", NEW_NUMBERS):
@@ -84,8 +87,9 @@ def word_pattern(limit: int) -> re.Pattern:
 def split_words(text: str) -> list[str]:
     """The words of a text, in order; joined they are the text.
 
-    `re` looks up characters up to U+FFFF in a table, but tries the ranges above one by one, which takes
-    three times as long: a text that has none of them is spared that. No letter lies above U+3FFFF.
+    `re` looks up characters up to U+FFFF in a table, but tries the ranges above one by one, which
+    takes three times as long: a text that has none of them is spared that. No letter lies above
+    U+3FFFF.
     """
     return word_pattern(0x40000 if BEYOND_TABLE.search(text) else 0x10000).findall(text)
 
@@ -94,14 +98,16 @@ BEYOND_TABLE = re.compile("[\U00010000-\U0010ffff]")
 
 
 def to_text(text_or_bytes: str | bytes) -> str:
-    """Bytes as a str from which `to_bytes` gets them back; each byte that is not UTF-8 becomes U+DC80-DCFF."""
+    """Bytes as a str from which `to_bytes` gets them back; each byte that is not UTF-8 becomes
+    U+DC80-DCFF."""
     if isinstance(text_or_bytes, str):
         return text_or_bytes
     return bytes(text_or_bytes).decode("utf-8", "surrogateescape")
 
 
 def to_bytes(word: str) -> bytes:
-    """UTF-8. Lone surrogates, which are no characters, become `?` unless `to_text` made them out of bytes."""
+    """UTF-8. Lone surrogates, which are no characters, become `?` unless `to_text` made them out of
+    bytes."""
     try:
         return word.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:
@@ -113,17 +119,20 @@ def count_words(text_or_bytes: str | bytes) -> Counter:
     return Counter(split_words(to_text(text_or_bytes)))
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 2. Learning the merges
-# ---------------------------------------------------------------------------------------------------
-# While we merge, a word is a str whose characters are token ids: chr(id). Then a pair of neighbours is a
-# str of length two, merging it is `word.replace(pair, new)`, and all of that runs at the speed of C.
+# --------------------------------------------------------------------------------------------------
+# While we merge, a word is a str whose characters are token ids: chr(id). Then a pair of neighbours
+# is a str of length two, merging it is `word.replace(pair, new)`, and all of that runs at the speed
+# of C.
 
 
 def byte_alphabet() -> list[str]:
-    """256 printable characters, one per byte, in which `tokenizer.json` spells its tokens: space is "Ġ".
+    """256 printable characters, one per byte, in which `tokenizer.json` spells its tokens: space is
+    "Ġ".
 
-    Printable bytes stand for themselves, the other 68 are moved up to U+0100 and on (GPT-2's `encoder.py`).
+    Printable bytes stand for themselves, the other 68 are moved up to U+0100 and on (GPT-2's
+    `encoder.py`).
     """
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     moved = iter(range(256, 512))
@@ -141,7 +150,8 @@ def neighbours(word: str):
 
 
 def merge_pair(word: str, pair: str, merged: str) -> tuple[str, list[str], list[str]]:
-    """The word with every `pair` merged, from left to right; the pairs this destroys; the pairs it makes.
+    """The word with every `pair` merged, from left to right; the pairs this destroys; the pairs it
+    makes.
 
     >>> merge_pair("xabyab", "ab", "C")       # the two occurrences of "ab" itself are not listed
     ('xCyC', ['xa', 'by', 'ya'], ['xC', 'Cy', 'yC'])
@@ -163,11 +173,13 @@ def merge_pair(word: str, pair: str, merged: str) -> tuple[str, list[str], list[
 
 
 def learn_merges(counts: dict[str, int], byte_ids: list[int], vocab_size: int) -> list[tuple[str, str]]:
-    """The merges, in order, as (pair, merged): characters are ids, so `merged` is chr(id of the new token).
+    """The merges, in order, as (pair, merged): characters are ids, so `merged` is chr(id of the new
+    token).
 
-    Each step takes the pair with the highest count, of several the one with the lowest ids, and changes the
-    words that hold it, and no others: `where` knows them. The heap keeps outdated counts, and puts them
-    right when they come up; that is enough, since a count only falls after its pair has been pushed.
+    Each step takes the pair with the highest count, of several the one with the lowest ids, and
+    changes the words that hold it, and no others: `where` knows them. The heap keeps outdated
+    counts, and puts them right when they come up; that is enough, since a count only falls after
+    its pair has been pushed.
     """
     words = [as_tokens(word, byte_ids) for word in counts]
     frequency = list(counts.values())
@@ -209,16 +221,16 @@ def learn_merges(counts: dict[str, int], byte_ids: list[int], vocab_size: int) -
     return merges
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 3. The tokenizer
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class Tokenizer:
     """Text or bytes to token ids and back; every byte string comes back as it was.
 
-    `special` maps special tokens ("<|endoftext|>") to ids. In a text they are plain text, unless `encode`
-    is told `allow_special=True`: what a user types must not end a document.
+    `special` maps special tokens ("<|endoftext|>") to ids. In a text they are plain text, unless
+    `encode` is told `allow_special=True`: what a user types must not end a document.
     """
 
     def __init__(self, byte_ids: list[int], merges: list[tuple[str, str]], special: dict[str, int]):
@@ -239,8 +251,8 @@ class Tokenizer:
     def train(cls, text_or_iterable, vocab_size: int, special_tokens=()) -> "Tokenizer":
         """Learn merges from a text (str or bytes) or an iterable of texts, which are not joined.
 
-        vocab_size counts special tokens, bytes and merges. A short text may not have enough pairs to merge;
-        then `tok.vocab_size` is smaller. Raises ValueError where not even the bytes fit.
+        vocab_size counts special tokens, bytes and merges. A short text may not have enough pairs
+        to merge; then `tok.vocab_size` is smaller. Raises ValueError where not even the bytes fit.
         """
         single = isinstance(text_or_iterable, (str, bytes))
         counts = Counter()
@@ -275,9 +287,11 @@ class Tokenizer:
         return ids
 
     def encode_word(self, word: str) -> list[int]:
-        """Ids of one word: of all pairs in it merge the one learned first, everywhere, until none is left.
+        """Ids of one word: of all pairs in it merge the one learned first, everywhere, until none
+        is left.
 
-        The heap holds each pair's rank once, so a "word" of a million letters takes seconds, not days.
+        The heap holds each pair's rank once, so a "word" of a million letters takes seconds, not
+        days.
         """
         word = as_tokens(word, self.byte_ids)
         heap = [(self.merges[pair], pair) for pair in set(neighbours(word)) if pair in self.merges]
@@ -293,14 +307,16 @@ class Tokenizer:
         return list(map(ord, word))
 
     def decode_bytes(self, ids) -> bytes:
-        """The bytes that the ids spell; special tokens as their text. Raises ValueError for an unknown id."""
+        """The bytes that the ids spell; special tokens as their text. Raises ValueError for an
+        unknown id."""
         try:
             return b"".join([self.shown[int(token)] for token in ids])
         except KeyError as error:
             raise ValueError(f"id {error} is not in this vocabulary of {self.vocab_size}") from None
 
     def decode(self, ids) -> str:
-        """The text that the ids spell; bytes that are no UTF-8 (half a character, say) become U+FFFD."""
+        """The text that the ids spell; bytes that are no UTF-8 (half a character, say) become
+        U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
     def to_json(self) -> dict:
@@ -335,7 +351,8 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path) -> "Tokenizer":
-        """Read a `tokenizer.json` of byte-level BPE (GPT-2's kind). Raises ValueError for any other file."""
+        """Read a `tokenizer.json` of byte-level BPE (GPT-2's kind). Raises ValueError for any other
+        file."""
         try:
             with open(path, encoding="utf-8") as file:
                 return cls._from_json(json.load(file))

@@ -1,10 +1,11 @@
-"""Everything the three models read from a disk or the net, and what a run writes beside its weights.
+"""Everything the three models read from a disk or the net, and what a run writes beside its
+weights.
 
     corpus = prepare("input.txt", vocab_size=1024, special_tokens=["<|endoftext|>"], separator="<|endoftext|>")
     corpus.tokenizer, corpus.train, corpus.validation        # the tokens are memory-mapped arrays
 
-From a source (a name, a file, a folder, a URL) to tokens it goes in four steps, and each leaves a file in
-the cache folder, so the second run starts at once:
+From a source (a name, a file, a folder, a URL) to tokens it goes in four steps, and each leaves a
+file in the cache folder, so the second run starts at once:
 
     1. download     streamed, resumed where the connection broke, checked
     2. one text     whatever the source is becomes one UTF-8 file; <|endoftext|> separates its documents
@@ -61,7 +62,8 @@ def cache_folder() -> Path:
 
 @contextlib.contextmanager
 def naming(path):
-    """Errors of writing within it come out as an OSError that names `path` and says what to look at."""
+    """Errors of writing within it come out as an OSError that names `path` and says what to look
+    at."""
     try:
         yield
     except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
@@ -71,7 +73,8 @@ def naming(path):
 
 @contextlib.contextmanager
 def replacing(path, mode: str = "wb"):
-    """Open a temporary file beside `path` that takes its place once it is written whole and on the disk.
+    """Open a temporary file beside `path` that takes its place once it is written whole and on the
+    disk.
 
     Whatever happens meanwhile, `path` holds either all of the old content or all of the new.
     Raises OSError, naming `path`, where it cannot be written (no space, no permission).
@@ -90,16 +93,18 @@ def replacing(path, mode: str = "wb"):
             temporary.unlink(missing_ok=True)
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 1. Downloads
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def download(url: str, path, size: int | None = None, digest: str | None = None, tries: int = 5) -> Path:
-    """Fetch `url` to `path` unless it is there. What has arrived stays in PATH.part and is continued.
+    """Fetch `url` to `path` unless it is there. What has arrived stays in PATH.part and is
+    continued.
 
-    digest: "sha256:..." or "md5:..." of the whole file. Raises OSError when the server refuses, when the
-    connection broke `tries` times without a byte of progress, or when size or digest are not as expected.
+    digest: "sha256:..." or "md5:..." of the whole file. Raises OSError when the server refuses,
+    when the connection broke `tries` times without a byte of progress, or when size or digest are
+    not as expected.
     """
     import requests  # takes a fifth of a second, so only where it is needed
 
@@ -184,9 +189,9 @@ def _check_download(part: Path, url: str, size: int | None, digest: str | None) 
         raise OSError(f"what came from {url} {problem}: it was removed; try again later")
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 2. Sources: whatever it is becomes one text file
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 HUB = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main"
 NAMED = {  # name -> what to download: (part, url, size, digest)
@@ -217,8 +222,9 @@ READABLE = (".txt", ".gz", ".jsonl")
 def find_source(name: str) -> dict[str, Path]:
     """The text files of a source: {"train": path} and, where the source brings it, "validation".
 
-    name: a key of NAMED, a URL, a file (.jsonl, .gz of any of these, anything else is plain text), or a
-    folder of .txt, .jsonl and .gz files. Raises OSError or ValueError where there is nothing to read.
+    name: a key of NAMED, a URL, a file (.jsonl, .gz of any of these, anything else is plain text),
+    or a folder of .txt, .jsonl and .gz files. Raises OSError or ValueError where there is nothing
+    to read.
     """
     if name in NAMED:
         folder = cache_folder() / name
@@ -261,7 +267,8 @@ def one_text(files: list[Path], part: str = "train") -> Path:
 
 
 def read_documents(path: Path, part: str):
-    """Yield the documents of a file, each an iterable of bytes: rows of JSON lines, members of an archive."""
+    """Yield the documents of a file, each an iterable of bytes: rows of JSON lines, members of an
+    archive."""
     if path.name.endswith(".tar.gz"):
         # IMDb's layout. Nothing is unpacked to the disk, so no member can be written anywhere.
         folders = "train/(pos|neg|unsup)" if part == "train" else "test/(pos|neg)"
@@ -288,13 +295,14 @@ def fingerprint(files: list[Path], *extra) -> str:
     return hashlib.sha256(json.dumps([stats, extra]).encode()).hexdigest()[:20]
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 3. The split, and pieces that can be handled apart
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def split_point(path: Path) -> int:
-    """The byte at which the last tenth begins: of the documents, or of the text where it is one stream."""
+    """The byte at which the last tenth begins: of the documents, or of the text where it is one
+    stream."""
     size = path.stat().st_size
     if size == 0:
         raise ValueError(f"{path} is empty: there is nothing to learn from")
@@ -313,9 +321,9 @@ def split_point(path: Path) -> int:
 def pieces(path: Path, start: int, stop: int) -> list[tuple[Path, int, int]]:
     """Cut bytes start..stop into pieces of about PIECE bytes that can be tokenized each by itself.
 
-    A cut is made behind a separator, else where a printable ASCII character is followed by a line break or
-    a space: there the splitting pattern of BPE always begins a new word. (A text of 4 MB without any such
-    place is cut between two characters, which may cost a token.)
+    A cut is made behind a separator, else where a printable ASCII character is followed by a line
+    break or a space: there the splitting pattern of BPE always begins a new word. (A text of 4 MB
+    without any such place is cut between two characters, which may cost a token.)
     """
     cuts = [start]
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
@@ -363,7 +371,8 @@ load_tokenizer = functools.lru_cache(1)(Tokenizer.load)  # each process loads it
 
 
 def encode_piece(job: tuple[tuple, Path, int, str]) -> np.ndarray:
-    """Ids of a piece, with the token `separator` for each SEPARATOR. job: (piece, tokenizer's path, separator, dtype)"""
+    """Ids of a piece, with the token `separator` for each SEPARATOR. job: (piece, tokenizer's path,
+    separator, dtype)"""
     piece, tokenizer_path, separator, dtype = job
     tokenizer = load_tokenizer(tokenizer_path)
     ids = []
@@ -382,9 +391,9 @@ def parallel(function, jobs: list):
         yield from pool.imap(function, jobs)
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 4. Tokens
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
@@ -452,7 +461,8 @@ def plan(files: dict[str, Path]) -> dict[str, list]:
 def encode_corpus(parts: dict[str, list], folder: Path, tokenizer: Tokenizer, separator: str) -> None:
     """Write train.bin, validation.bin and corpus.json into `folder`.
 
-    A part is: separator document separator document ... separator. A text that is one stream is one document.
+    A part is: separator document separator document ... separator. A text that is one stream is one
+    document.
     """
     with naming(folder):
         tokenizer.save(folder / "tokenizer.json")
@@ -480,10 +490,12 @@ def random_corpus(vocab_size: int, special_tokens, length: int = 1 << 20) -> Cor
 
 
 def sliding_windows(tokens, block_size: int, stride: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """Cut a stream into (inputs, targets), both (n, block_size) int64: the target is the next token.
+    """Cut a stream into (inputs, targets), both (n, block_size) int64: the target is the next
+    token.
 
-    Windows begin every `stride` tokens (1 to block_size) and every token but the first is a target at least
-    once. The last window is filled up with `pad_id`; there the targets are -100, which the loss ignores.
+    Windows begin every `stride` tokens (1 to block_size) and every token but the first is a target
+    at least once. The last window is filled up with `pad_id`; there the targets are -100, which the
+    loss ignores.
 
     >>> sliding_windows([5, 6, 7, 8], block_size=2, stride=2, pad_id=0)
     (array([[5, 6],
@@ -509,9 +521,11 @@ def epoch_order(n: int, seed: int, epoch: int) -> tuple[np.ndarray, float]:
 
 
 def shuffled_rows(n: int, seed: int, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers first..first + count of an endless sequence of epochs, each all n rows in its own order.
+    """Numbers first..first + count of an endless sequence of epochs, each all n rows in its own
+    order.
 
-    Returns the rows (count,) int64 and, for each, its epoch's random number from [0, 1) (count,).
+    Returns the rows (count,) int64 and, for each, a random number from [0, 1) that its epoch has,
+    (count,).
     """
     drawn = []
     for number in range(first, first + count):
@@ -521,13 +535,14 @@ def shuffled_rows(n: int, seed: int, first: int, count: int) -> tuple[np.ndarray
     return np.array(rows), np.array(lucks)
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 5. What a run writes: its log and the chart of it
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class RunLog:
-    """log.jsonl, a line of JSON per event; loss.svg, drawn from it; and the progress on the terminal."""
+    """log.jsonl, a line of JSON per event; loss.svg, drawn from it; and the progress on the
+    terminal."""
 
     def __init__(self, folder, resumed_at: int | None = None):
         """resumed_at: the step the run continues from; what was logged after it is dropped."""
@@ -592,7 +607,8 @@ def ticks(low: float, high: float, about: int = 6) -> list[float]:
 
 
 def line_chart(curves: dict[str, list[tuple[float, float]]], title: str, x_label: str, y_label: str) -> str:
-    """An SVG of the curves, name -> [(x, y), ...], with axes, and a legend that tells each one's last value."""
+    """An SVG of the curves, name -> [(x, y), ...], with axes, and a legend that tells each one's
+    last value."""
     curves = {name: points for name, points in curves.items() if points}
     width, height, left, right, top, bottom = 720, 420, 60, 20, 44, 48
     xs = [x for points in curves.values() for x, _ in points] or [0]
@@ -634,9 +650,9 @@ def line_chart(curves: dict[str, list[tuple[float, float]]], title: str, x_label
     return "\n".join([*parts, "</svg>\n"])
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 6. The command line: flags out of dataclasses
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class Parser(argparse.ArgumentParser):
@@ -665,7 +681,7 @@ def comments(cls) -> dict[str, str]:
 
 def add_flags(parser: argparse.ArgumentParser, cls, defaults: dict) -> None:
     """A flag for each field of the dataclass. What is not given stays out of the parsed namespace."""
-    group, hints, helps = parser.add_argument_group(cls.__name__), typing.get_type_hints(cls), comments(cls)
+    group, hints, helps = (parser.add_argument_group(cls.__name__), typing.get_type_hints(cls), comments(cls))
     for field in dataclasses.fields(cls):
         hint = hints[field.name]
         options, notes = dict(metavar=""), []
@@ -694,7 +710,8 @@ def defaults_of(classes) -> dict:
 
 
 def read_settings(path: str, classes) -> dict:
-    """A file of settings (run.json, or your own): fields of the dataclasses. Raises ValueError for anything else."""
+    """A file of settings (run.json, or your own): fields of the dataclasses. Raises ValueError for
+    anything else."""
     try:
         settings = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
@@ -708,10 +725,12 @@ def read_settings(path: str, classes) -> dict:
 
 
 def parse_command(name: str, commands: dict, presets: dict, arguments: list[str]):
-    """(the command's function, all its settings, those given as flags): defaults < --preset < --config < flags.
+    """(the command's function, all its settings, those given as flags): defaults < --preset <
+    --config < flags.
 
-    commands: name -> (function, dataclasses whose fields are its flags); the first one is the default, and
-    so is the first preset, a dict of settings. Raises ValueError for what cannot be understood.
+    commands: name -> (function, dataclasses whose fields are its flags); the first one is the
+    default, and so is the first preset, a dict of settings. Raises ValueError for what cannot be
+    understood.
     """
     chosen = arguments[0] if arguments and not arguments[0].startswith("-") else next(iter(commands))
     if chosen not in commands:
@@ -741,9 +760,9 @@ def parse_command(name: str, commands: dict, presets: dict, arguments: list[str]
     return command, settings | given, given
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 7. The machine
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def choose_device(name: str):
@@ -759,7 +778,8 @@ def choose_device(name: str):
 
 
 def choose_dtype(name: str, device):
-    """--dtype as a torch.dtype. The weights are float32 anyway; this is what products are computed in."""
+    """--dtype as a torch.dtype. The weights are float32 anyway; this is what products are computed
+    in."""
     import torch
 
     if name != "auto":
@@ -779,7 +799,8 @@ def autocast_to(dtype, device):
 
 
 def matmul_gflops(device, dtype, size: int = 512, seconds: float = 0.02) -> float:
-    """How many 10^9 floating-point operations a second this machine does in matrix products of `dtype`."""
+    """How many 10^9 floating-point operations a second this machine does in matrix products of
+    `dtype`."""
     import torch
 
     def synchronize():
@@ -801,8 +822,9 @@ def matmul_gflops(device, dtype, size: int = 512, seconds: float = 0.02) -> floa
 def keep_freed_memory() -> None:
     """Tell the C library to keep the memory that is freed, for the next step to use it again.
 
-    As it comes, glibc hands every large tensor back to the system and asks for it anew, and the system
-    clears each page again: a fifth of a training step on a CPU. Does nothing where there is no glibc.
+    As it comes, glibc hands every large tensor back to the system and asks for it anew, and the
+    system clears each page again: a fifth of a training step on a CPU. Does nothing where there is
+    no glibc.
     """
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL("libc.so.6").mallopt
@@ -813,10 +835,11 @@ def keep_freed_memory() -> None:
 
 
 def load_checkpoint(path, name: str, build_model):
-    """(checkpoint, model): what `name`.py saved at `path`, with the tokenizer beside it as checkpoint["tokenizer"].
+    """(checkpoint, model): what `name`.py saved at `path`, with the tokenizer beside it as
+    checkpoint["tokenizer"].
 
-    build_model(config dict) -> the module that takes the weights. No code in the file is run. Raises
-    ValueError where it is something else than a whole checkpoint of that name.
+    build_model(config dict) -> the module that takes the weights. No code in the file is run.
+    Raises ValueError where it is something else than a whole checkpoint of that name.
     """
     import torch
 
@@ -849,7 +872,8 @@ def peak_memory_mb(device) -> float:
 
 @contextlib.contextmanager
 def interrupts():
-    """Within it Ctrl-C only makes the yielded list true, so that no step is left half done; twice, it stops."""
+    """Within it Ctrl-C only makes the yielded list true, so that no step is left half done; twice,
+    it stops."""
     pressed = []
 
     def note(signal_number, frame):

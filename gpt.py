@@ -1,14 +1,16 @@
-"""GPT: a decoder that reads text from left to right and predicts, at every position, the next token.
+"""GPT: a decoder that reads text from left to right and predicts, at every position, the next
+token.
 
-That is the whole objective. A text of T tokens gives T exercises at once, since a causal mask lets each
-position see only itself and what came before:
+That is the whole objective. A text of T tokens gives T exercises at once, since a causal mask lets
+each position see only itself and what came before:
 
     input    Once  upon   a     time  there
     target   upon   a    time  there   was
 
-The architecture is GPT-2's: token and position embeddings, a stack of blocks that each add the output of
-attention (positions exchange information) and of a feed-forward network (each position thinks alone) to a
-residual stream, and a linear head that turns the stream into a score for every token of the vocabulary.
+The architecture is GPT-2's: token and position embeddings, a stack of blocks that each add the
+output of attention (positions exchange information) and of a feed-forward network (each position
+thinks alone) to a residual stream, and a linear head that turns the stream into a score for every
+token of the vocabulary.
 
     python gpt.py                                  train on input.txt: two to three minutes on a laptop
     python gpt.py generate --prompt "Title: The"   write with what was trained
@@ -16,9 +18,11 @@ residual stream, and a linear head that turns the stream into a score for every 
     python gpt.py bench                            how fast this machine is at it
     python gpt.py --help                           every flag
 
-Read on in this order: 1 configuration, 2 layers, 3 the model, 4 the objective, 5 generation, 6 training,
-7 the command line. Copied alone into a project, this file still gives `from gpt import GPT, GPTConfig`;
-to train it wants bpe.py (the tokenizer) and data.py (files, downloads, the log) beside it.
+It reads from top to bottom: 2 the configuration, 3 layers, 4 the model, 5 the objective, 6
+generation, 7 training, 8 the command line. Copied alone into a project, this file still gives `from
+gpt import GPT, GPTConfig`; to train, it needs bpe.py (the tokenizer) and data.py (files, downloads,
+the log) beside it. To learn, change things: `--pos none` (which words suffer?), `--norm none`,
+`--n_head 1`.
 
 Papers: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners" (GPT-2);
 Vaswani et al. 2017, https://arxiv.org/abs/1706.03762 (attention); Radford et al. 2018 (GPT).
@@ -29,6 +33,7 @@ import contextlib
 import json
 import math
 import os
+import statistics
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
@@ -41,14 +46,15 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim.adamw import adamw
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 2. The configuration
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class GPTConfig:
-    """The architecture. Defaults are GPT-2's; every other value is a variant that people have tried.
+    """The architecture. Defaults are GPT-2's; every other value is a variant that people have
+    tried.
 
     Raises ValueError for sizes that do not fit together.
     """
@@ -107,21 +113,25 @@ RECIPES = {  # training settings that go with a preset; the others start from la
     "t4": dict(max_steps=3000, batch_size=32, lr=0.005, matrix_lr=0.02, eval_interval=250),
 }
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 3. Layers, from the bottom up
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
-LONG = 1024  # keys from which on the fused attention is the faster one on a CPU, too
+LONG = 1024  # number of keys from which the fused attention is faster on a CPU, too
 
 
 def attention(query, key, value, bias=None, causal=False, scale=None, dropout=0.0):
-    """softmax(Q K^T * scale + bias) V: each query takes a weighted mean of the values (Vaswani, 3.2.1).
+    """softmax(Q K^T * scale + bias) V: each query takes a weighted mean of the values (Vaswani,
+    3.2.1).
 
-    query (B, nh, T, hd), key (B, nh, S, hd), value (B, nh, S, vd) -> (B, nh, T, vd). bias is added to the
-    scores and broadcasts to (B, nh, T, S). causal: the last query sees all S keys, the one before S - 1, ...
-    scale: 1 / sqrt(hd) unless given. On a CPU and for short sequences the formula as written is two to
-    three times as fast as the fused kernel; elsewhere the fused one is, and it never stores the T x S scores.
+    query (B, nh, T, hd), key (B, nh, S, hd), value (B, nh, S, vd) -> (B, nh, T, vd). bias is added
+    to the scores and broadcasts to (B, nh, T, S). causal: the last query sees all S keys, the one
+    before it S - 1, and so on. scale: 1 / sqrt(hd) unless given.
+
+    The formula is the last three lines. For short sequences on a CPU it is two to three times as
+    fast, as it stands, as PyTorch's fused kernel; everywhere else (also for a single query) the
+    fused one is faster.
     """
     T, S = query.size(-2), key.size(-2)
     scale = query.size(-1) ** -0.5 if scale is None else scale
@@ -136,17 +146,19 @@ def attention(query, key, value, bias=None, causal=False, scale=None, dropout=0.
 
 
 def sinusoids(length: int, width: int) -> torch.Tensor:
-    """(length, width): sin and cos of the position at wavelengths from 2 pi to 20,000 pi (Vaswani, 3.5)."""
+    """(length, width): sin and cos of the position at wavelengths from 2 pi to 20,000 pi (Vaswani,
+    3.5)."""
     frequency = 10000 ** (-torch.arange(0, width, 2) / width)  # (width / 2,)
     angle = torch.arange(length)[:, None] * frequency  # (length, width / 2)
     return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1)[:, :width]
 
 
 def rotate(x, turn):
-    """Rotary positions: turn each pair of numbers by an angle that grows with the position, so that a product
-    of query and key depends on their distance alone (Su et al. 2021, https://arxiv.org/abs/2104.09864).
+    """Rotary positions: turn pair i of the numbers at position t by the angle t / 10000^(2i / hd),
+    so that the product of a query and a key depends on how far apart they are, and not on where
+    they are (Su et al. 2021, https://arxiv.org/abs/2104.09864).
 
-    x (B, nh, T, hd); turn: cos and sin of the angles, (2, T, hd / 2) -> (B, nh, T, hd).
+    x (B, nh, T, hd); turn (2, T, hd / 2): the angles' cosines and sines -> (B, nh, T, hd).
     """
     cos, sin = turn.to(x.dtype)
     left, right = x.chunk(2, dim=-1)  # number i makes a pair with number i + hd / 2
@@ -154,7 +166,8 @@ def rotate(x, turn):
 
 
 class KVCache:
-    """The keys and values of all tokens so far, of one attention layer, so that none is computed twice."""
+    """The keys and values of all tokens so far, of one attention layer, so that none is computed
+    twice."""
 
     def __init__(self, block_size: int):
         self.block_size, self.length = block_size, 0
@@ -163,7 +176,7 @@ class KVCache:
         """key, value (B, nh, T, hd) of T new tokens -> those of all tokens so far."""
         if self.length == 0:
             B, nh, _, hd = key.shape
-            dtype = torch.float32 if key.device.type == "cpu" else key.dtype  # where attention is fastest
+            dtype = torch.float32 if key.device.type == "cpu" else key.dtype  # a single query is fastest in it
             self.keys = key.new_empty(B, nh, self.block_size, hd, dtype=dtype)
             self.values = key.new_empty(B, nh, self.block_size, value.size(-1), dtype=dtype)
         end = self.length + key.size(2)
@@ -173,7 +186,8 @@ class KVCache:
 
 
 class Attention(nn.Module):
-    """Multi-head causal self-attention: each head compares positions in its own way (Vaswani, 3.2.2)."""
+    """Multi-head causal self-attention: each head compares positions in its own way (Vaswani,
+    3.2.2)."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -200,7 +214,8 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two linear layers and a non-linearity, the same at every position: C -> n_ff -> C (Vaswani, 3.3)."""
+    """Two linear layers and a non-linearity, the same at every position: C -> n_ff -> C (Vaswani,
+    3.3)."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -219,15 +234,16 @@ class Block(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.place, self.residual = config.norm, config.residual
+        self.config = config
         self.attn, self.attn_norm = Attention(config), make_norm(config)
         self.mlp, self.mlp_norm = (FeedForward(config), make_norm(config)) if config.ff_width else (None, None)
 
     def add(self, x, sublayer, norm):
-        """x + sublayer(norm(x)), GPT-2's pre-norm; or post-norm, norm(x + sublayer(x)); or without the x +."""
-        y = sublayer(norm(x) if self.place == "pre" else x)
-        y = x + y if self.residual else y
-        return norm(y) if self.place == "post" else y
+        """x + sublayer(norm(x)), GPT-2's pre-norm; or post-norm, norm(x + sublayer(x)); or without
+        the x +."""
+        y = sublayer(norm(x) if self.config.norm == "pre" else x)
+        y = x + y if self.config.residual else y
+        return norm(y) if self.config.norm == "post" else y
 
     def forward(self, x, turn=None, cache: KVCache | None = None):
         x = self.add(x, lambda h: self.attn(h, turn, cache), self.attn_norm)
@@ -235,13 +251,14 @@ class Block(nn.Module):
 
 
 def make_norm(config: GPTConfig):
-    """LayerNorm: at each position mean 0 and variance 1 over the C numbers, then a learned scale and shift."""
+    """LayerNorm: at each position mean 0 and variance 1 over the C numbers, then a learned scale
+    and shift."""
     return nn.LayerNorm(config.n_embd, bias=config.bias) if config.norm != "none" else nn.Identity()
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 4. The model
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class GPT(nn.Module):
@@ -271,14 +288,17 @@ class GPT(nn.Module):
 
     @staticmethod
     def init_weights(module):
-        """GPT-2's N(0, 0.02), but embeddings of 0.05: the first steps then have something to tell apart."""
+        """GPT-2's normal distribution of std 0.02; embeddings of std 0.05, with which tokens differ
+        enough from the first step on (character model, 160 steps: validation loss 1.89 instead of
+        1.93)."""
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=0.05 if isinstance(module, nn.Embedding) else 0.02)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
     def hidden(self, idx, cache: list[KVCache] | None = None):
-        """idx (B, T) int64 -> (B, T, C), the stream after the last norm. With a cache, idx are the new tokens."""
+        """idx (B, T) int64 -> (B, T, C), the stream after the last norm. With a cache, idx are the
+        new tokens."""
         start = cache[0].length if cache else 0
         end = start + idx.size(1)
         if end > self.config.block_size:
@@ -295,7 +315,8 @@ class GPT(nn.Module):
         return self.norm(x)
 
     def forward(self, idx, targets=None):
-        """idx (B, T) int64 -> logits (B, T, V), and the mean loss when targets (B, T) are given, else None.
+        """idx (B, T) int64 -> logits (B, T, V), and the mean loss when targets (B, T) are given,
+        else None.
 
         targets[b, t] is the token that follows idx[b, t]; where it is -100 nothing is asked.
         Raises ValueError where T exceeds block_size.
@@ -306,12 +327,12 @@ class GPT(nn.Module):
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
 
 
+# Under these names the training below is the same text in every model file.
+Model, Config, NAME = GPT, GPTConfig, "gpt"
 
-Model, Config, NAME = GPT, GPTConfig, "gpt"  # under these names the rooms below are the same in all three files
-
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 5. The objective: predict the next token
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 SPECIAL_TOKENS = ["<|endoftext|>"]
 SEPARATOR = "<|endoftext|>"  # stands before the first document, between documents and after the last
@@ -333,7 +354,8 @@ def rows_per_epoch(corpus, config: Config, objective: ObjectiveConfig) -> int:
 
 
 def train_batch(corpus, config: Config, objective: ObjectiveConfig, seed: int, step: int, rows: int) -> dict:
-    """The batch of a step: idx and targets, (rows, block_size) int64. It depends on (seed, step) alone.
+    """The batch of a step: idx and targets, (rows, block_size) int64. It depends on (seed, step)
+    alone.
 
     An epoch lays windows end to end from a random offset and takes each once, in random order.
     """
@@ -350,7 +372,8 @@ def train_batch(corpus, config: Config, objective: ObjectiveConfig, seed: int, s
 def eval_batches(corpus, config: Config, objective: ObjectiveConfig, rows: int):
     """The whole validation part, in windows that do not overlap; each token is a target once.
 
-    Yields idx and targets (rows, block_size), and `bytes` (rows,): how much text the row's targets spell.
+    Yields idx and targets (rows, block_size), and `bytes` (rows,): how much text the row's targets
+    spell.
     """
     from data import sliding_windows
 
@@ -363,10 +386,12 @@ def eval_batches(corpus, config: Config, objective: ObjectiveConfig, rows: int):
 
 
 class CrossEntropy(torch.autograd.Function):
-    """The sum of -log softmax(logits)[target] over rows, for logits (N, V) and targets (N,), -100 for none.
+    """The sum of -log softmax(logits)[target] over rows, for logits (N, V) and targets (N,), -100
+    for none.
 
-    Its gradient is softmax(logits) - onehot(target), so the probabilities are turned into it right away, in
-    the logits' own type: `F.cross_entropy` goes over N x V numbers in float32 three times more.
+    Its gradient is softmax(logits) - onehot(target), so the probabilities are turned into it right
+    away, in the logits' own type: `F.cross_entropy` goes over N x V numbers in float32 three times
+    more.
     """
 
     @staticmethod
@@ -387,16 +412,16 @@ class CrossEntropy(torch.autograd.Function):
 
 
 def loss_sum(model: GPT, batch: dict):
-    """(sum of the tokens' losses, number of tokens, metrics).
+    """(sum of the tokens' losses, their weight: how many they are, metrics).
 
-    Sums, so that pieces of a batch can be added up. A metric is a pair of sums, a numerator and a
+    Sums, so that parts of a batch can be added up. A metric is a pair of sums, a numerator and a
     denominator: bits per byte = loss / ln 2 over bytes, which can be compared across tokenizers.
     """
     logits = model(batch["idx"])[0].flatten(0, 1)  # (B * T, V)
     loss = CrossEntropy.apply(logits, batch["targets"].flatten())
-    count = (batch["targets"] != -100).sum()
+    weight = (batch["targets"] != -100).sum()
     metrics = {"bits_per_byte": (loss.detach() / math.log(2), batch["bytes"].sum())} if "bytes" in batch else {}
-    return loss, count, metrics
+    return loss, weight, metrics
 
 
 def count_tokens(batch: dict) -> int:
@@ -405,23 +430,24 @@ def count_tokens(batch: dict) -> int:
 
 
 def count_flops(model: GPT, batch: dict) -> float:
-    """Floating-point operations of a training step: per token 2 forward and 4 backward for each weight of a
-    matrix product, and as many for each number in attention's two (Kaplan et al. 2020, section 2.1)."""
+    """Floating-point operations of a training step: per token 2 forward and 4 backward for each
+    weight of a matrix product, and as many for each number in attention's two (Kaplan et al. 2020,
+    section 2.1)."""
     weights = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
     width = model.config.n_head * (model.config.key_width + model.config.value_width)
     return 6 * count_tokens(batch) * (weights + model.config.n_layer * batch["idx"].size(1) * width)
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 6. Generation
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def sample(logits, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None):
     """Draw a token from each row of logits (B, V) -> (B,) int64. temperature 0 takes the likeliest.
 
-    top_k: only among the k likeliest; top_p: only among the likeliest that together have probability p
-    (nucleus sampling, Holtzman et al. 2019, https://arxiv.org/abs/1904.09751).
+    top_k: only among the k likeliest; top_p: only among the likeliest that together have
+    probability p (nucleus sampling, Holtzman et al. 2019, https://arxiv.org/abs/1904.09751).
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
@@ -431,17 +457,20 @@ def sample(logits, temperature: float = 1.0, top_k: int | None = None, top_p: fl
     if top_p is not None and top_p < 1:
         before = probability.cumsum(dim=-1) - probability  # of all likelier ones; 0 for the first, which stays
         probability = probability.masked_fill(before >= top_p, 0.0)
-    # Of exponential waiting times at these rates, each token's is the shortest with its probability.
+    # argmax(p / e) with e from the exponential distribution is token i with probability p_i: of
+    # several clocks, each ticking after a random time at its own rate, the first to tick. (As
+    # torch.multinomial, but faster.)
     drawn = (probability / torch.empty_like(probability).exponential_()).argmax(dim=-1, keepdim=True)
     return token.gather(-1, drawn)[:, 0]
 
 
 @contextlib.contextmanager
-def fast_product(x):
-    """The way to multiply by x (B, T, ...) on a CPU. For a single vector oneDNN, PyTorch's library for bfloat16
-    products, takes three times as long as PyTorch's own loop, because it rearranges the whole matrix first."""
+def fast_product(idx):
+    """Within it, a CPU multiplies the states of the tokens idx (B, T) in the faster of two ways.
+    oneDNN, PyTorch's library for bfloat16 products, rearranges the whole matrix first: for a single
+    vector that triples the time."""
     before = torch.backends.mkldnn.enabled
-    torch.backends.mkldnn.enabled = before and x.numel() > 1
+    torch.backends.mkldnn.enabled = before and idx.numel() > 1
     try:
         yield
     finally:
@@ -454,12 +483,14 @@ def generate(
 ):
     """Continue each row of idx (B, T) int64, T >= 1, by max_new_tokens -> (B, T + n).
 
-    temperature, top_k, top_p: see `sample`. stop: a token id; a row that has produced it is filled up with
-    it, and when all rows have, generation ends (n < max_new_tokens). on_token(column (B,)) is called with
-    each new token. use_cache=False computes everything anew at each token: slow, and the same result.
+    temperature, top_k, top_p: see `sample`. stop: a token id; a row that has produced it is filled
+    up with it, and when all rows have, generation ends (n < max_new_tokens). on_token(column (B,))
+    is called with each new token. use_cache=False computes everything anew at each token: slow, and
+    the same result.
 
-    When the context is full, its older half is dropped and the rest computed again: learned positions
-    belong to places in the window, so the cached keys would be wrong once the window moves.
+    When the context is full, its older half is dropped and the rest computed again: learned
+    positions belong to places in the window, so the cached keys would be wrong once the window
+    moves.
     """
     model.eval()  # no dropout
     (B, T), block_size = idx.shape, model.config.block_size
@@ -510,15 +541,19 @@ class GenerateConfig:
 
 
 def continuations(model: GPT, tokenizer, documents: int, options: GenerateConfig, on_text=None) -> list[str]:
-    """The texts that follow the prompt, each up to the end of its document.
+    """The texts: the prompt and what follows it, up to the end of the document.
 
-    documents: of the corpus trained on; with more than one, a prompt is the beginning of a document.
-    on_text(part) is called with the first text's parts as they come.
+    documents: of the corpus trained on; with more than one, a prompt is the beginning of a
+    document. on_text(part) is called with the parts of the first text as they come. Raises
+    ValueError for a prompt that does not fit into the context.
     """
     end = tokenizer.special[SEPARATOR]
-    ids = ([end] if documents > 1 else []) + tokenizer.encode(options.prompt) or tokenizer.encode("\n")
+    ids = ([end] if documents > 1 else []) + tokenizer.encode(options.prompt)
+    ids = ids or tokenizer.encode("\n")
     if len(ids) > model.config.block_size:
         raise ValueError(f"the prompt has {len(ids)} tokens, the context {model.config.block_size}: shorten it")
+    if on_text is not None:
+        on_text(options.prompt)
     decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a token may end inside a character
 
     def show(column):
@@ -530,7 +565,8 @@ def continuations(model: GPT, tokenizer, documents: int, options: GenerateConfig
         idx, options.max_new_tokens, options.temperature, options.top_k or None, options.top_p, stop=end, on_token=show
     )
     rows = tokens[:, len(ids) :].tolist()
-    return [tokenizer.decode(row[: row.index(end)] if end in row else row) for row in rows]
+    ended = [row[: row.index(end)] if end in row else row for row in rows]
+    return [options.prompt + tokenizer.decode(row) for row in ended]
 
 
 def demonstrate(model: GPT, corpus, length: int) -> str:
@@ -539,16 +575,14 @@ def demonstrate(model: GPT, corpus, length: int) -> str:
 
 
 def write_samples(model: GPT, checkpoint: dict, options: GenerateConfig) -> None:
-    """`generate`: the prompt and what follows it, on standard output; one text as it comes, several at the end."""
-
-    def write(text):
-        print(text, end="", flush=True)
-
+    """What `generate` prints on standard output: one text as it is written, several when they are
+    done."""
+    tokenizer, documents = checkpoint["tokenizer"], checkpoint["documents"]
     if options.num_samples == 1:
-        write(options.prompt)
-    arguments = model, checkpoint["tokenizer"], checkpoint["documents"], options
-    texts = continuations(*arguments, on_text=write if options.num_samples == 1 else None)
-    print("" if options.num_samples == 1 else "\n\n".join(options.prompt + text for text in texts))
+        continuations(model, tokenizer, documents, options, lambda part: print(part, end="", flush=True))
+        print()
+    else:
+        print("\n\n".join(continuations(model, tokenizer, documents, options)))
 
 
 def generate_speeds(model: GPT) -> dict[str, float]:
@@ -561,12 +595,13 @@ def generate_speeds(model: GPT) -> dict[str, float]:
             start = time.perf_counter()
             model.generate(idx, 120, top_k=50).sum().item()  # (waits for the device)
             times.append(time.perf_counter() - start)
-        speeds[key] = rows * 120 / sorted(times[1:])[1]
+        speeds[key] = rows * 120 / statistics.median(times[1:])
     return speeds
 
-# ---------------------------------------------------------------------------------------------------
+
+# --------------------------------------------------------------------------------------------------
 # 7. Training: from here on the three model files are the same, letter by letter
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -593,10 +628,10 @@ class TrainConfig(RunConfig):
     optimizer: Literal["muon", "adamw"] = "muon"  # muon: for matrices, with AdamW for all else
     lr: float = RECIPES["laptop"]["lr"]  # AdamW's highest learning rate
     matrix_lr: float = RECIPES["laptop"]["matrix_lr"]  # Muon's highest learning rate
-    weight_decay: float = 0.0  # share of lr by which matrices shrink at each step
+    weight_decay: float = 0.0  # matrices shrink by this times the learning rate at each step
     warmup_steps: int = 20  # steps in which the learning rate rises
     schedule: Literal["linear", "cosine"] = "linear"  # how it falls to zero afterwards
-    grad_clip: float = 1.0  # longest gradient; longer ones are shortened (0: none is)
+    grad_clip: float = 1.0  # largest norm of the gradient; longer ones are scaled down (0: never)
     log_interval: int = 10  # steps between two lines of the log
     eval_interval: int = 100  # steps between two evaluations, each with a checkpoint
     snapshot_interval: int = 0  # steps between two checkpoints that are kept for good (0: none)
@@ -614,9 +649,9 @@ class TrainConfig(RunConfig):
 def orthogonalize(matrices, steps: int = 5):
     """Newton-Schulz iteration: the nearest matrices whose singular values are all about 1.
 
-    matrices (n, rows, cols), in the dtype that multiplies fastest. X <- aX + b(XX^T)X + c(XX^T)^2 X moves
-    each singular value s to as + bs^3 + cs^5, and these a, b, c bring all of (0, 1] near 1 in five rounds
-    (Jordan 2024, https://kellerjordan.github.io/posts/muon).
+    matrices (n, rows, cols), in the dtype that multiplies fastest. X <- aX + b(XX^T)X + c(XX^T)^2 X
+    moves each singular value s to as + bs^3 + cs^5, and these a, b, c bring all of (0, 1] near 1 in
+    five rounds (Jordan 2024, https://kellerjordan.github.io/posts/muon).
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     wide = matrices.size(-2) <= matrices.size(-1)
@@ -629,11 +664,12 @@ def orthogonalize(matrices, steps: int = 5):
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon for the matrices inside the blocks, AdamW for all else: one optimizer, so that one overflow skips both.
+    """Muon for the matrices inside the blocks, AdamW for all else: one optimizer, so that one
+    overflow skips both.
 
-    AdamW steps by a fixed size in each *number*; Muon, in each *direction* of a matrix: it takes the momentum
-    of the gradient and makes all its singular values 1, so that rare directions are learned as fast as common
-    ones. Matrices of equal shape are stacked and handled in one product.
+    AdamW steps by a fixed size in each *number*; Muon, in each *direction* of a matrix: it takes
+    the momentum of the gradient and makes all its singular values 1, so that rare directions are
+    learned as fast as common ones. Matrices of equal shape are stacked and handled in one product.
     """
 
     def __init__(self, model: nn.Module, run: TrainConfig, dtype: torch.dtype):
@@ -648,7 +684,9 @@ class Muon(torch.optim.Optimizer):
         for (kind, detail), params in kinds.items():
             highest = run.matrix_lr if kind == "muon" else run.lr
             decay = run.weight_decay if detail else 0.0  # biases and norms do not decay
-            groups.append(dict(params=params, kind=kind, shape=detail, lr=highest, highest_lr=highest, weight_decay=decay))
+            groups.append(
+                dict(params=params, kind=kind, shape=detail, lr=highest, highest_lr=highest, weight_decay=decay)
+            )
         super().__init__(groups, {})
 
     @torch.no_grad()
@@ -667,11 +705,14 @@ class Muon(torch.optim.Optimizer):
             p.mul_(1 - lr * group["weight_decay"]).sub_(direction.reshape(p.shape), alpha=lr_of_shape)
 
     def step_adamw(self, group, betas=(0.9, 0.95), eps: float = 1e-8):
-        """p -= lr * (mean of g) / (root of the mean of g^2), means over the last steps (Kingma & Ba 2015)."""
+        """p -= lr * (mean of g) / (root of the mean of g^2), means over the last steps (Kingma & Ba
+        2015)."""
         params, states = group["params"], [self.state[p] for p in group["params"]]
         for p, state in zip(params, states):
             if not state:
-                state.update(count=torch.zeros((), device=p.device), mean=torch.zeros_like(p), square=torch.zeros_like(p))
+                state.update(
+                    count=torch.zeros((), device=p.device), mean=torch.zeros_like(p), square=torch.zeros_like(p)
+                )
         adamw(
             params,
             [p.grad for p in params],
@@ -699,7 +740,8 @@ def schedule(step: int, run: TrainConfig) -> float:
 
 
 def update(model, batch: dict, optimizer, scaler, autocast, run: TrainConfig) -> torch.Tensor:
-    """One optimizer step; the batch is computed in parts of run.batch_size rows. Returns the loss per token."""
+    """One optimizer step; the batch is computed in parts of run.batch_size rows. Returns the loss
+    per token."""
     model.train()
     rows = len(next(iter(batch.values())))
     device = next(model.parameters()).device
@@ -711,7 +753,8 @@ def update(model, batch: dict, optimizer, scaler, autocast, run: TrainConfig) ->
         scaler.scale(part_loss / rows).backward()
         loss, weight = loss + part_loss.detach(), weight + part_weight
     scaler.unscale_(optimizer)
-    # Only now the weight of the whole batch is known: from the sum per row to the mean per token; then clip.
+    # Only now the weight of the whole batch is known: from the sum per row to the mean per token;
+    # then clip.
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     factor = rows / weight
     if run.grad_clip:
@@ -742,14 +785,15 @@ def evaluate(model, batches, autocast) -> dict[str, float]:
 
 
 class Trainer:
-    """A run: the corpus, the model and its optimizer, and where it stands.
+    """A run: its corpus, model and optimizer, and how far it is.
 
-    Step n's batch and dropout are drawn from (seed, n), so a resumed run goes on exactly as if it had never
-    been stopped, and a checkpoint has to hold no generator's state.
+    Step n's batch and dropout are drawn from (seed, n), so a resumed run goes on exactly as if it
+    had never been stopped, and a checkpoint has to hold no generator's state.
     """
 
     def __init__(self, run: TrainConfig, config: Config, objective: ObjectiveConfig, checkpoint: dict | None = None):
-        """checkpoint: what `load_checkpoint` returned for --init_from; its step is 0 unless it is a resumed run."""
+        """checkpoint: what `data.load_checkpoint` read. With --init_from resume the run goes on
+        from its step; otherwise only its weights and tokenizer are taken."""
         import data
 
         self.out_dir = Path(run.out_dir)
@@ -759,7 +803,8 @@ class Trainer:
             data.keep_freed_memory()
         tokenizer = checkpoint["tokenizer"] if checkpoint else None
         self.corpus = data.prepare(run.data, config.vocab_size, SPECIAL_TOKENS, SEPARATOR, tokenizer)
-        self.config, self.objective = replace(config, vocab_size=self.corpus.tokenizer.vocab_size), objective
+        self.config = replace(config, vocab_size=self.corpus.tokenizer.vocab_size)
+        self.objective = objective
         self.rows = run.batch_size * run.grad_accum
         epoch = rows_per_epoch(self.corpus, self.config, objective)
         steps = max(math.ceil(run.epochs * epoch / self.rows), 1) if run.epochs else run.max_steps
@@ -782,10 +827,12 @@ class Trainer:
         self.log = data.RunLog(self.out_dir, self.step if run.init_from == "resume" else None)
 
     def train(self) -> bool:
-        """Train until max_steps; False if Ctrl-C stopped it before. Either way ckpt.pt holds the last state."""
+        """Train until max_steps; False if Ctrl-C stopped it before. Either way ckpt.pt holds the
+        last state."""
         from data import interrupts
 
-        run, pending = self.run, []  # pending: loss and number of tokens of the steps since the last report
+        run = self.run
+        pending = []  # loss and number of tokens of the steps since the last report
         self.begin()
         with interrupts() as pressed:
             self.since = time.perf_counter()
@@ -794,8 +841,10 @@ class Trainer:
                 self.step += 1
                 evaluating = self.step % run.eval_interval == 0 or self.step == run.max_steps
                 keeping = run.snapshot_interval and self.step % run.snapshot_interval == 0
-                if evaluating or keeping or pressed or self.step % run.log_interval == 0:
-                    self.report(pending)  # before anything is saved: it stops a run that has come apart
+                if keeping or pressed:  # nothing is saved of a run that has come apart
+                    self.check(float(pending[-1][0]), self.step)
+                if evaluating or self.step % run.log_interval == 0:
+                    self.report(pending)
                     pending = []
                 if evaluating:
                     self.evaluate_and_save()
@@ -806,7 +855,8 @@ class Trainer:
         return self.step >= run.max_steps
 
     def train_step(self) -> tuple[torch.Tensor, int]:
-        """One optimizer step on this step's batch; returns its loss per token and how many tokens it read."""
+        """One optimizer step on this step's batch; returns its loss per token and how many tokens
+        it read."""
         run = self.run
         for group in self.optimizer.param_groups:
             group["lr"] = group["highest_lr"] * schedule(self.step, run)
@@ -815,7 +865,8 @@ class Trainer:
         return update(self.compiled, batch, self.optimizer, self.scaler, self.autocast, run), count_tokens(batch)
 
     def evaluate_and_save(self) -> None:
-        """Evaluate, log, show a sample; keep the weights if they are the best so far; save the state."""
+        """Evaluate, log, show a sample; keep the weights if they are the best so far; save the
+        state."""
         batches = eval_batches(self.corpus, self.config, self.objective, self.run.batch_size)
         found = evaluate(self.model, batches, self.autocast)
         self.check(found["val_loss"], self.step)
@@ -839,7 +890,8 @@ class Trainer:
 
     def report(self, pending: list) -> None:
         """Log the mean loss since the last report. Raises ValueError when the run has come apart."""
-        run, losses = self.run, torch.stack([loss for loss, _ in pending]).tolist()  # (waits for the device)
+        run = self.run
+        losses = torch.stack([loss for loss, _ in pending]).tolist()  # (waits for the device)
         seconds, self.since = time.perf_counter() - self.since, time.perf_counter()
         for step, loss in enumerate(losses, self.step - len(losses) + 1):
             self.check(loss, step)
@@ -861,7 +913,8 @@ class Trainer:
             )
 
     def begin(self) -> None:
-        """Say what is about to happen; write run.json, tokenizer.json and, for a new run, the first ckpt.pt."""
+        """Say what is about to happen; write run.json, tokenizer.json and, for a new run, the first
+        ckpt.pt."""
         from data import replacing
 
         corpus, config, run = self.corpus, self.config, self.run
@@ -882,7 +935,8 @@ class Trainer:
             (self.out_dir / "best.pt").unlink(missing_ok=True)  # of an earlier run
 
     def save(self, name: str, weights_only: bool = False) -> None:
-        """Write a checkpoint into out_dir: tensors and plain types only. The old one stays until it is whole."""
+        """Write a checkpoint into out_dir: tensors and plain types only. The old one stays until it
+        is whole."""
         from data import replacing
 
         state = dict(
@@ -901,9 +955,9 @@ class Trainer:
             torch.save(state, file)
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 8. The command line
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -922,7 +976,9 @@ def train_command(settings: dict, given: dict) -> int:
     if init_from != "scratch":
         folder = Path(settings["out_dir"])
         if init_from == "resume" and not (folder / "ckpt.pt").exists():
-            raise ValueError(f"nothing to resume in {folder}: no ckpt.pt; train with --init_from scratch, or set --out_dir")
+            raise ValueError(
+                f"nothing to resume in {folder}: no ckpt.pt; train with --init_from scratch, or set --out_dir"
+            )
         path = folder / "ckpt.pt" if init_from == "resume" else init_from
         checkpoint, _ = data.load_checkpoint(path, NAME, lambda config: Model(Config(**config)))
         for name, value in checkpoint["config"].items():
@@ -966,7 +1022,8 @@ def eval_command(settings: dict, given: dict) -> int:
     options = data.build(EvalConfig, settings)
     model, checkpoint, device, dtype = load_model(options)
     source = options.data or checkpoint["run"]["data"]
-    config, objective = Config(**checkpoint["config"]), data.build(ObjectiveConfig, checkpoint["objective"])
+    config = Config(**checkpoint["config"])
+    objective = data.build(ObjectiveConfig, checkpoint["objective"])
     corpus = data.prepare(source, config.vocab_size, SPECIAL_TOKENS, SEPARATOR, checkpoint["tokenizer"])
     batches = eval_batches(corpus, config, objective, options.batch_size)
     row = {"step": checkpoint["step"], **evaluate(model, batches, data.autocast_to(dtype, device))}
@@ -1005,7 +1062,7 @@ def bench_command(settings: dict, given: dict) -> int:
         batch = train_batch(corpus, config, objective, run.seed, len(times), rows)
         update(compiled, batch, optimizer, scaler, autocast, run).item()
         times.append(time.perf_counter() - start)
-    seconds = sorted(times[2:])[len(times[2:]) // 2]
+    seconds = statistics.median(times[2:])  # the first ones warm up
     tokens, gflops = count_tokens(batch), count_flops(model, batch) / seconds / 1e9
     peak = data.matmul_gflops(device, dtype, 1024 if device.type == "cpu" else 8192, seconds=0.5)
     row = dict(ms_per_step=seconds * 1e3, tokens_per_second=tokens / seconds, gflops=gflops, matmul_gflops=peak)
@@ -1023,7 +1080,8 @@ COMMANDS = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; the exit status: 0 done, 2 the user's mistake (one line says which), 130 Ctrl-C."""
+    """Run a command; the exit status: 0 done, 2 the user's mistake (one line says which), 130
+    Ctrl-C."""
     try:
         from data import parse_command
 

@@ -1,6 +1,6 @@
 """All tests: `pytest test_all.py`. No network, no GPU; those that compare with `transformers` and
-`tokenizers` run where these are installed. What a test expects comes from elsewhere than the code it tests:
-a slow loop, float64, a worked example, or those two libraries."""
+`tokenizers` run where these are installed. What a test expects comes from elsewhere than the code
+it tests: a slow loop, float64, a worked example, or those two libraries."""
 
 import ast
 import collections
@@ -51,9 +51,9 @@ def own_seed():
     torch.manual_seed(0)
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # bpe.py
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 MIXED = "Don't we'll  go!\n\n\tIt's 3.14, naïve — 你好 мир १२ x² 𝔘𝔫𝔦 🙂\u3000end \x1c'S "
 
@@ -102,7 +102,9 @@ def test_encoding_equals_merging_one_pair_at_a_time():
     for word in set(bpe.split_words(text)):
         parts = [chr(tok.byte_ids[byte]) for byte in word.encode()]
         while True:
-            ranked = [(tok.merges[a + b][0], i) for i, (a, b) in enumerate(zip(parts, parts[1:])) if a + b in tok.merges]
+            ranked = [
+                (tok.merges[a + b][0], i) for i, (a, b) in enumerate(zip(parts, parts[1:])) if a + b in tok.merges
+            ]
             if not ranked:
                 break
             i = min(ranked)[1]
@@ -193,13 +195,14 @@ def test_same_merges_and_ids_as_the_tokenizers_library(tmp_path):
         assert bpe.Tokenizer.load(tmp_path / "theirs.json").encode(text) == ids
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # data.py
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class Server(http.server.BaseHTTPRequestHandler):
-    """Serves `files`; cuts a connection after `cut` bytes of it, as often as `cuts` says; notes each request."""
+    """Serves `files`; cuts a connection after `cut` bytes of it, as often as `cuts` says; notes
+    each request."""
 
     files, cuts, cut, ranges, seen = {}, 0, 20_000, True, []
 
@@ -345,7 +348,12 @@ def test_several_processes_give_the_same(tmp_path, monkeypatch):
 
 
 def test_the_movie_reviews_archive(server, tmp_path, monkeypatch):
-    names = {"train/pos/0_9.txt": "good", "train/neg/1_1.txt": "bad", "train/unsup/2_0.txt": "so", "test/pos/0_8.txt": "fine"}
+    names = {
+        "train/pos/0_9.txt": "good",
+        "train/neg/1_1.txt": "bad",
+        "train/unsup/2_0.txt": "so",
+        "test/pos/0_8.txt": "fine",
+    }
     with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as archive:
         for name, text in {**names, "../train/pos/7_7.txt": "evil", "train/pos/list.txt": "none"}.items():
             member = tarfile.TarInfo("aclImdb/" + name)
@@ -431,9 +439,9 @@ def test_the_log_of_a_resumed_run_and_its_chart(tmp_path):
     assert points == sorted(points) and len(points) == 6  # the loss falls, so y, downwards, grows
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The layers and the model
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def slow_attention(query, key, value, bias, causal):
@@ -446,7 +454,9 @@ def slow_attention(query, key, value, bias, causal):
             for t in range(T):
                 seen = range(S - T + t + 1 if causal else S)
                 scores = [float(query[b, h, t].double() @ key[b, h, s].double()) / math.sqrt(D) for s in seen]
-                scores = [score + (float(bias[b, h, t, s]) if bias is not None else 0) for s, score in zip(seen, scores)]
+                scores = [
+                    score + (float(bias[b, h, t, s]) if bias is not None else 0) for s, score in zip(seen, scores)
+                ]
                 total = sum(math.exp(score) for score in scores)
                 for s, score in zip(seen, scores):
                     out[b, h, t] += math.exp(score) / total * value[b, h, s].double()
@@ -526,7 +536,13 @@ def test_logits_equal_those_of_transformers():
         transformers.GPT2Config(vocab_size=60, n_positions=20, n_embd=24, n_layer=3, n_head=4, initializer_range=0.3)
     ).double()
     ours = gpt.GPT(gpt.GPTConfig(60, 20, 3, 4, 24)).double()
-    names = {"token_embedding": "wte", "position_embedding": "wpe", "norm.": "ln_f.", "blocks": "h", "attn_norm": "ln_1"}
+    names = {
+        "token_embedding": "wte",
+        "position_embedding": "wpe",
+        "norm.": "ln_f.",
+        "blocks": "h",
+        "attn_norm": "ln_1",
+    }
     names |= {"mlp_norm": "ln_2", "attn.qkv": "attn.c_attn", "attn.proj": "attn.c_proj", "mlp.up": "mlp.c_fc"}
     names |= {"mlp.down": "mlp.c_proj"}
     weights = theirs.transformer.state_dict()
@@ -541,12 +557,14 @@ def test_logits_equal_those_of_transformers():
     assert (ours(idx)[0] - theirs(idx).logits).abs().max() < 1e-9
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Generation
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("variant", [dict(), dict(pos="rotary"), dict(pos="none", norm="post"), dict(value_dim=6)], ids=str)
+@pytest.mark.parametrize(
+    "variant", [dict(), dict(pos="rotary"), dict(pos="none", norm="post"), dict(value_dim=6)], ids=str
+)
 def test_greedy_is_the_same_with_and_without_the_cache(variant):
     model = gpt.GPT(gpt.GPTConfig(**TINY, **variant)).eval()
     for p in model.parameters():
@@ -564,7 +582,9 @@ def test_greedy_is_the_same_with_and_without_the_cache(variant):
 def test_a_row_that_is_done_is_filled_up():
     model = gpt.GPT(gpt.GPTConfig(**TINY)).eval()
     columns = []
-    out = model.generate(torch.randint(50, (8, 2)), 400, temperature=2.0, stop=7, on_token=lambda c: columns.append(c.clone()))
+    out = model.generate(
+        torch.randint(50, (8, 2)), 400, temperature=2.0, stop=7, on_token=lambda c: columns.append(c.clone())
+    )
     assert out.size(1) < 402 and torch.equal(torch.stack(columns, 1), out[:, 2:])
     for row in out[:, 2:].tolist():
         assert set(row[row.index(7) :]) == {7}
@@ -588,9 +608,9 @@ def test_sampling_frequencies():
     assert frequencies(temperature=0)[0] == 1
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Training
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def test_muon_equals_that_of_torch_and_adamw_too():
@@ -603,7 +623,9 @@ def test_muon_equals_that_of_torch_and_adamw_too():
     for name, p in theirs.named_parameters():
         (muon if "blocks." in name and p.ndim == 2 else decayed if p.ndim == 2 else plain).append((name, p))
     # torch's Muon takes whole matrices: give it query, key and value apart
-    apart = {name: [torch.nn.Parameter(x.detach().clone()) for x in p.chunk(3 if "qkv" in name else 1)] for name, p in muon}
+    apart = {
+        name: [torch.nn.Parameter(x.detach().clone()) for x in p.chunk(3 if "qkv" in name else 1)] for name, p in muon
+    }
     reference = [
         torch.optim.Muon(sum(apart.values(), []), lr=0.02, weight_decay=0.1, momentum=0.95),
         torch.optim.AdamW([p for _, p in decayed], lr=0.01, weight_decay=0.1, betas=(0.9, 0.95)),
@@ -625,6 +647,15 @@ def test_muon_equals_that_of_torch_and_adamw_too():
         assert moved == 0  # (the state is the parameter itself)
 
 
+def test_wide_heads_train_with_muon_too():
+    model = gpt.GPT(gpt.GPTConfig(**TINY, head_dim=32))  # query, key and value are taller than wide
+    optimizer = gpt.Muon(model, gpt.TrainConfig(), torch.float32)
+    before = [p.clone() for p in model.parameters()]
+    model(*torch.randint(50, (2, 2, 16)))[1].backward()
+    optimizer.step()
+    assert all(not torch.equal(p, old) for p, old in zip(model.parameters(), before))
+
+
 def test_orthogonalize_brings_singular_values_near_one():
     for shape in ((3, 8, 20), (2, 20, 8), (1, 16, 16)):
         values = torch.linalg.svdvals(gpt.orthogonalize(torch.randn(shape)))
@@ -640,7 +671,9 @@ def test_schedules():
     assert [gpt.schedule(step, run) for step in (10, 55, 99)] == pytest.approx([1, 0.5, 0], abs=1e-3)
 
 
-SMALL = "--n_layer 2 --n_head 2 --n_embd 32 --block_size 32 --vocab_size 300 --batch_size 4 --warmup_steps 2 --dropout 0.1"
+SMALL = (
+    "--n_layer 2 --n_head 2 --n_embd 32 --block_size 32 --vocab_size 300 --batch_size 4 --warmup_steps 2 --dropout 0.1"
+)
 SMALL = f"{SMALL} --device cpu --eval_interval 4 --log_interval 2".split()
 
 
@@ -683,10 +716,19 @@ def test_a_run_its_files_and_its_commands(stories, capsys):
     assert printed.out == "" and "step 10/10" in printed.err and "python gpt.py generate --out_dir run" in printed.err
     files = {path.name for path in Path("run").iterdir()}
     assert files == {
-        *("ckpt.pt", "best.pt", "tokenizer.json", "run.json", "log.jsonl", "loss.svg", "ckpt_000005.pt", "ckpt_000010.pt")
+        *(
+            "ckpt.pt",
+            "best.pt",
+            "tokenizer.json",
+            "run.json",
+            "log.jsonl",
+            "loss.svg",
+            "ckpt_000005.pt",
+            "ckpt_000010.pt",
+        )
     }
     rows = [json.loads(line) for line in Path("run/log.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [2, 4, 4, 5, 6, 8, 8, 10, 10]
+    assert [row["step"] for row in rows] == [2, 4, 4, 6, 8, 8, 10, 10]
     assert {"step", "seconds", "loss", "lr", "tokens_per_second"} == rows[0].keys()
     assert {"step", "seconds", "val_loss", "bits_per_byte"} == rows[-1].keys()
     assert rows[-1]["val_loss"] < math.log(300)
@@ -727,7 +769,8 @@ def test_eval_counts_every_token_once_and_no_special_bytes(stories):
 
 
 def test_a_stopped_run_goes_on_as_if_nothing_had_happened(stories, own_cache):
-    """Killed at once (SIGKILL), and asked to stop (Ctrl-C): both end bit for bit like the uninterrupted run."""
+    """Killed at once (SIGKILL), and asked to stop (Ctrl-C): both end bit for bit like the
+    uninterrupted run."""
     common = ["--data", stories, "--max_steps", "60", "--dtype", "float32", *SMALL]
     command(*common, "--out_dir", "whole")
     for how, status, after in ((signal.SIGKILL, -9, 13), (signal.SIGINT, 130, 21)):
@@ -748,6 +791,17 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(stories, own_cache):
         assert_same_run("whole", folder)
 
 
+def test_a_resumed_run_follows_the_flags_as_they_are_now(stories, capsys):
+    command("--data", stories, "--out_dir", "run", "--max_steps", 4, "--epochs", 0.01, *SMALL)
+    Path("faster.json").write_text('{"max_steps": 12}')
+    command("--init_from", "resume", "--out_dir", "run", "--config", "faster.json", "--lr", 0.5, "--matrix_lr", 0)
+    checkpoint = torch.load("run/ckpt.pt", weights_only=True)
+    assert checkpoint["step"] == 12
+    assert {group["highest_lr"] for group in checkpoint["optimizer"]["param_groups"]} == {0.5, 0}
+    settings = json.loads(Path("run/run.json").read_text())
+    assert settings["lr"] == 0.5 and settings["head_dim"] is None
+
+
 def test_accumulated_gradients_are_those_of_the_whole_batch():
     config = gpt.GPTConfig(**TINY)
     batch = dict(idx=torch.randint(50, (6, 16)), targets=torch.randint(50, (6, 16)))
@@ -758,7 +812,9 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
         model = gpt.GPT(config)
         run = gpt.TrainConfig(batch_size=size, optimizer="adamw")
         scaler = torch.amp.GradScaler("cpu", enabled=False)
-        loss = gpt.update(model, batch, gpt.Muon(model, run, torch.float32), scaler, torch.autocast("cpu", enabled=False), run)
+        loss = gpt.update(
+            model, batch, gpt.Muon(model, run, torch.float32), scaler, torch.autocast("cpu", enabled=False), run
+        )
         ended.append((float(loss), torch.cat([p.detach().flatten() for p in model.parameters()])))
     torch.manual_seed(0)
     expected = float(gpt.GPT(config)(batch["idx"], batch["targets"])[1])
@@ -776,7 +832,7 @@ def test_float16_skips_the_steps_that_overflow(stories, capsys):
     before = {name: p.clone() for name, p in model.state_dict().items()}
     run = gpt.TrainConfig(batch_size=2)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**120)
-    arguments = gpt.Muon(model, run, torch.float32), scaler, torch.autocast("cpu", torch.float16), run
+    arguments = (gpt.Muon(model, run, torch.float32), scaler, torch.autocast("cpu", torch.float16), run)
     gpt.update(model, dict(idx=torch.randint(50, (2, 16)), targets=torch.randint(50, (2, 16))), *arguments)
     assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
     assert scaler.get_scale() == 2.0**119
@@ -799,9 +855,9 @@ def test_it_learns(stories, capsys):
     assert last["val_loss"] < 0.8 * unigram
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The command line
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def mistake(capsys, *arguments):
@@ -828,6 +884,8 @@ def test_mistakes_get_one_line(stories, capsys, own_cache):
     assert "give more text or a smaller --block_size" in mistake(capsys, "--data", "short.txt")
     assert "nothing to resume in out/gpt" in mistake(capsys, "--init_from", "resume")
     assert "there is no checkpoint" in mistake(capsys, "generate")
+    command("--data", stories, "--max_steps", 1, *SMALL)
+    assert "the prompt has" in mistake(capsys, "generate", "--prompt", "word " * 40)
     if not torch.cuda.is_available():
         assert "sees no cuda device" in mistake(capsys, "--device", "cuda", "--data", stories)
     Path("settings.json").write_text('{"n_layers": 3}')
@@ -921,9 +979,9 @@ def test_bench_ends_with_a_line_of_figures(capsys, monkeypatch):
     assert row["share"] == pytest.approx(row["gflops"] / row["matmul_gflops"])
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The house
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def test_imports_are_the_standard_library_and_three_packages():
@@ -949,5 +1007,9 @@ def test_the_readme_s_commands_are_there():
     for line in commands:
         name, *flags = line.partition("#")[0].split()[2:] or ["train"]
         name = name if not name.startswith("-") else "train"
-        known = {field for cls in gpt.COMMANDS[name][1] for field in cls.__dataclass_fields__} | {"preset", "config", "help"}
+        known = {field for cls in gpt.COMMANDS[name][1] for field in cls.__dataclass_fields__} | {
+            "preset",
+            "config",
+            "help",
+        }
         assert set(re.findall(r"--(\w+)", line)) <= known, line
