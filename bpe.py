@@ -7,19 +7,18 @@ of neighbours that occurs most often in a text, makes that pair a token of its o
 "t"+"h", "th"+"e", " "+"the", ... After a few thousand merges common words are one token, rare ones
 a few, and any byte string at all, emoji or damaged file, can still be spelled.
 
-    counts = count_words(text)            1. split the text into words, count each       (GPT-2's pattern)
+    counts = count_words(text)            1. split the text by GPT-2's pattern, count the words
     merges = learn_merges(counts, ...)    2. merge the most frequent pair, again and again
     tok.encode(text)                      3. apply the same merges, in the order they were learned
 
-    >>> tok = Tokenizer.train(open("input.txt").read(), vocab_size=1024, special_tokens=["<|endoftext|>"])
+    >>> tok = Tokenizer.train(open("input.txt").read(), 1024, special_tokens=["<|endoftext|>"])
     >>> tok.decode(tok.encode("Once upon a time"))
     'Once upon a time'
 
 Ids: special tokens first, then the 256 bytes, then the merges in order. The file is the
 `tokenizer.json` of the `tokenizers` library, which learns the same merges and gives the same ids.
 
-Sennrich et al. 2016, https://arxiv.org/abs/1508.07909 (BPE); Radford et al. 2019, section 2.2
-(bytes).
+BPE: Sennrich et al. 2016, https://arxiv.org/abs/1508.07909; bytes: Radford et al. 2019, section 2.2
 """
 
 import functools
@@ -37,18 +36,18 @@ from itertools import chain
 # 1. Splitting: merges never cross the border between two words
 # --------------------------------------------------------------------------------------------------
 
-# Letters and numbers that Unicode gained from version 13 (Python 3.10) to 16, in hexadecimal
-# ranges: with them every Python splits alike. Classes never change for characters that a version
-# already has.
+# Letters and numbers that Unicode gained from version 13 (Python 3.10) to 16, as hex ranges:
+# with them every Python splits alike. A character that a version has never changes its class.
 NEW_LETTERS = """
 870-887 889-88e 8b5 8c8-8c9 c5d cdd 170d 171f 1b4c 1c89-1c8a 2c2f 2c5f 9ffd-9fff a7c0-a7c1 a7cb-a7cd
 a7d0-a7d1 a7d3 a7d5-a7dc a7f2-a7f4 10570-1057a 1057c-1058a 1058c-10592 10594-10595 10597-105a1
 105a3-105b1 105b3-105b9 105bb-105bc 105c0-105f3 10780-10785 10787-107b0 107b2-107ba 10d4a-10d65
-10d6f-10d85 10ec2-10ec4 10f70-10f81 11071-11072 11075 1123f-11240 11380-11389 1138b 1138e 11390-113b5
-113b7 113d1 113d3 11740-11746 11ab0-11abf 11bc0-11be0 11f02 11f04-11f10 11f12-11f33 12f90-12ff0 1342f
-13441-13446 13460-143fa 16100-1611d 16a70-16abe 16d40-16d6c 18cff 1aff0-1aff3 1aff5-1affb 1affd-1affe
-1b11f-1b122 1b132 1b155 1df00-1df1e 1df25-1df2a 1e030-1e06d 1e290-1e2ad 1e4d0-1e4eb 1e5d0-1e5ed 1e5f0
-1e7e0-1e7e6 1e7e8-1e7eb 1e7ed-1e7ee 1e7f0-1e7fe 2a6de-2a6df 2b735-2b739 2ebf0-2ee5d 31350-323af"""
+10d6f-10d85 10ec2-10ec4 10f70-10f81 11071-11072 11075 1123f-11240 11380-11389 1138b 1138e
+11390-113b5 113b7 113d1 113d3 11740-11746 11ab0-11abf 11bc0-11be0 11f02 11f04-11f10 11f12-11f33
+12f90-12ff0 1342f 13441-13446 13460-143fa 16100-1611d 16a70-16abe 16d40-16d6c 18cff 1aff0-1aff3
+1aff5-1affb 1affd-1affe 1b11f-1b122 1b132 1b155 1df00-1df1e 1df25-1df2a 1e030-1e06d 1e290-1e2ad
+1e4d0-1e4eb 1e5d0-1e5ed 1e5f0 1e7e0-1e7e6 1e7e8-1e7eb 1e7ed-1e7ee 1e7f0-1e7fe 2a6de-2a6df
+2b735-2b739 2ebf0-2ee5d 31350-323af"""
 NEW_NUMBERS = """10d40-10d49 116d0-116e3 11bf0-11bf9 11f50-11f59 16130-16139 16ac0-16ac9 16d70-16d79
 1ccf0-1ccf9 1d2c0-1d2d3 1e4f0-1e4f9 1e5f1-1e5fa"""
 
@@ -77,7 +76,7 @@ def word_pattern(limit: int) -> re.Pattern:
         return "".join(rf"\U{run.start():08x}-\U{run.end() - 1:08x}" for run in runs)
 
     letter, number = characters(b"L"), characters(b"N")
-    space = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # Unicode's White_Space
+    space = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # White_Space
     return re.compile(
         rf" ?[{letter}]+|'(?:[sdmt]|re|ve|ll)| ?[{number}]+| ?[^{space}{letter}{number}]+"
         rf"|[{space}]+(?![^{space}])|[{space}]+"
@@ -88,8 +87,7 @@ def split_words(text: str) -> list[str]:
     """The words of a text, in order; joined they are the text.
 
     `re` looks up characters up to U+FFFF in a table, but tries the ranges above one by one, which
-    takes three times as long: a text that has none of them is spared that. No letter lies above
-    U+3FFFF.
+    takes three times as long: a text without any is spared that. No letter lies above U+3FFFF.
     """
     return word_pattern(0x40000 if BEYOND_TABLE.search(text) else 0x10000).findall(text)
 
@@ -98,16 +96,14 @@ BEYOND_TABLE = re.compile("[\U00010000-\U0010ffff]")
 
 
 def to_text(text_or_bytes: str | bytes) -> str:
-    """Bytes as a str from which `to_bytes` gets them back; each byte that is not UTF-8 becomes
-    U+DC80-DCFF."""
+    """Bytes as a str that `to_bytes` turns back; a byte that is not UTF-8 becomes U+DC80-DCFF."""
     if isinstance(text_or_bytes, str):
         return text_or_bytes
     return bytes(text_or_bytes).decode("utf-8", "surrogateescape")
 
 
 def to_bytes(word: str) -> bytes:
-    """UTF-8. Lone surrogates, which are no characters, become `?` unless `to_text` made them out of
-    bytes."""
+    """UTF-8. Lone surrogates (no characters) become `?` unless `to_text` made them out of bytes."""
     try:
         return word.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:
@@ -128,13 +124,13 @@ def count_words(text_or_bytes: str | bytes) -> Counter:
 
 
 def byte_alphabet() -> list[str]:
-    """256 printable characters, one per byte, in which `tokenizer.json` spells its tokens: space is
-    "Ġ".
+    """256 printable characters, one per byte, in which `tokenizer.json` spells its tokens.
 
-    Printable bytes stand for themselves, the other 68 are moved up to U+0100 and on (GPT-2's
-    `encoder.py`).
+    As in GPT-2's `encoder.py` printable bytes stand for themselves; the other 68 are moved up to
+    U+0100 and on: space is "Ġ".
     """
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    printable = [*range(ord("!"), ord("~") + 1),
+                 *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     moved = iter(range(256, 512))
     return [chr(byte if byte in printable else next(moved)) for byte in range(256)]
 
@@ -150,8 +146,7 @@ def neighbours(word: str):
 
 
 def merge_pair(word: str, pair: str, merged: str) -> tuple[str, list[str], list[str]]:
-    """The word with every `pair` merged, from left to right; the pairs this destroys; the pairs it
-    makes.
+    """The word with every `pair` merged, from left to right; the pairs it destroys; those it makes.
 
     >>> merge_pair("xabyab", "ab", "C")       # the two occurrences of "ab" itself are not listed
     ('xCyC', ['xa', 'by', 'ya'], ['xC', 'Cy', 'yC'])
@@ -172,9 +167,10 @@ def merge_pair(word: str, pair: str, merged: str) -> tuple[str, list[str], list[
     return merged.join(parts), gone, born
 
 
-def learn_merges(counts: dict[str, int], byte_ids: list[int], vocab_size: int) -> list[tuple[str, str]]:
-    """The merges, in order, as (pair, merged): characters are ids, so `merged` is chr(id of the new
-    token).
+def learn_merges(
+    counts: dict[str, int], byte_ids: list[int], vocab_size: int
+) -> list[tuple[str, str]]:
+    """The merges, in order, as (pair, merged): `merged` is chr(id of the new token).
 
     Each step takes the pair with the highest count, of several the one with the lowest ids, and
     changes the words that hold it, and no others: `where` knows them. The heap keeps outdated
@@ -267,13 +263,13 @@ class Tokenizer:
         least = 256 + len(special)
         if vocab_size < least:
             raise ValueError(
-                f"a vocabulary of {vocab_size} is too small: the 256 bytes and {len(special)} special tokens "
-                f"take {least}; set --vocab_size {least} or more"
+                f"a vocabulary of {vocab_size} is too small: the 256 bytes and {len(special)} "
+                f"special tokens take {least}; set --vocab_size {least} or more"
             )
         alphabet = byte_alphabet()
         byte_ids = [0] * 256
         for rank, byte in enumerate(sorted(range(256), key=alphabet.__getitem__)):
-            byte_ids[byte] = len(special) + rank  # the order of `tokenizers`; ties between pairs follow it
+            byte_ids[byte] = len(special) + rank  # the order of `tokenizers`, which decides ties
         return cls(byte_ids, learn_merges(counts, byte_ids, vocab_size), special)
 
     def encode(self, text_or_bytes: str | bytes, allow_special: bool = False) -> list[int]:
@@ -287,11 +283,9 @@ class Tokenizer:
         return ids
 
     def encode_word(self, word: str) -> list[int]:
-        """Ids of one word: of all pairs in it merge the one learned first, everywhere, until none
-        is left.
+        """Ids of one word: of its pairs merge that learned first, everywhere, until none is left.
 
-        The heap holds each pair's rank once, so a "word" of a million letters takes seconds, not
-        days.
+        The heap holds each pair's rank once: a "word" of a million letters takes seconds, not days.
         """
         word = as_tokens(word, self.byte_ids)
         heap = [(self.merges[pair], pair) for pair in set(neighbours(word)) if pair in self.merges]
@@ -307,30 +301,31 @@ class Tokenizer:
         return list(map(ord, word))
 
     def decode_bytes(self, ids) -> bytes:
-        """The bytes that the ids spell; special tokens as their text. Raises ValueError for an
-        unknown id."""
+        """The bytes that the ids spell, special tokens as text. Raises ValueError for other ids."""
         try:
             return b"".join([self.shown[int(token)] for token in ids])
         except KeyError as error:
             raise ValueError(f"id {error} is not in this vocabulary of {self.vocab_size}") from None
 
     def decode(self, ids) -> str:
-        """The text that the ids spell; bytes that are no UTF-8 (half a character, say) become
-        U+FFFD."""
+        """The text that the ids spell; bytes that are no UTF-8 (half a character) become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
     def to_json(self) -> dict:
         """The content of `tokenizer.json`."""
         alphabet = byte_alphabet()
-        shown = {i: "".join(alphabet[byte] for byte in spelled) for i, spelled in self.spelling.items()}
+        shown = {i: "".join(alphabet[byte] for byte in spelled)
+                 for i, spelled in self.spelling.items()}
         shown |= {i: token for token, i in self.special.items()}
         flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
-        byte_level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
+        byte_level = dict(
+            type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
         return {
             "version": "1.0",
             "truncation": None,
             "padding": None,
-            "added_tokens": [dict(id=i, content=token, **flags) for token, i in self.special.items()],
+            "added_tokens": [dict(id=i, content=token, **flags)
+                             for token, i in self.special.items()],
             "normalizer": None,
             "pre_tokenizer": byte_level,
             "post_processor": None,
@@ -351,14 +346,15 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path) -> "Tokenizer":
-        """Read a `tokenizer.json` of byte-level BPE (GPT-2's kind). Raises ValueError for any other
-        file."""
+        """Read a `tokenizer.json` of byte-level BPE (GPT-2's kind), else raise ValueError."""
         try:
             with open(path, encoding="utf-8") as file:
                 return cls._from_json(json.load(file))
-        except (KeyError, TypeError, IndexError, AttributeError, RecursionError, ValueError) as error:
+        except (KeyError, TypeError, IndexError,
+                AttributeError, RecursionError, ValueError) as error:
             reason = f"{type(error).__name__}: {error}"
-            raise ValueError(f"{path} is not the tokenizer.json of a byte-level BPE ({reason})") from None
+            raise ValueError(
+                f"{path} is not the tokenizer.json of a byte-level BPE ({reason})") from None
 
     @classmethod
     def _from_json(cls, content: dict) -> "Tokenizer":

@@ -1,14 +1,13 @@
-"""Everything the three models read from a disk or the net, and what a run writes beside its
-weights.
+"""What the three models read from a disk or the net, and what a run writes beside its weights.
 
-    corpus = prepare("input.txt", vocab_size=1024, special_tokens=["<|endoftext|>"], separator="<|endoftext|>")
+    corpus = prepare("input.txt", 1024, ["<|endoftext|>"], separator="<|endoftext|>")
     corpus.tokenizer, corpus.train, corpus.validation        # the tokens are memory-mapped arrays
 
 From a source (a name, a file, a folder, a URL) to tokens it goes in four steps, and each leaves a
 file in the cache folder, so the second run starts at once:
 
     1. download     streamed, resumed where the connection broke, checked
-    2. one text     whatever the source is becomes one UTF-8 file; <|endoftext|> separates its documents
+    2. one text     the source becomes one UTF-8 file; <|endoftext|> separates its documents
     3. split        what the source brings for validation, else the last tenth
     4. tokens       a tokenizer is trained on the training part; both parts are encoded, in pieces
 
@@ -62,19 +61,18 @@ def cache_folder() -> Path:
 
 @contextlib.contextmanager
 def naming(path):
-    """Errors of writing within it come out as an OSError that names `path` and says what to look
-    at."""
+    """A failure to write within it becomes an OSError that names `path` and says what to check."""
     try:
         yield
     except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
         reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
-        raise OSError(f"cannot write {path}: {reason}; is there space left, and permission?") from None
+        raise OSError(
+            f"cannot write {path}: {reason}; is there space left, and permission?") from None
 
 
 @contextlib.contextmanager
 def replacing(path, mode: str = "wb"):
-    """Open a temporary file beside `path` that takes its place once it is written whole and on the
-    disk.
+    """Open a temporary file beside `path` that takes its place once it is whole and on the disk.
 
     Whatever happens meanwhile, `path` holds either all of the old content or all of the new.
     Raises OSError, naming `path`, where it cannot be written (no space, no permission).
@@ -84,7 +82,7 @@ def replacing(path, mode: str = "wb"):
     with naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with open(temporary, mode) as file:
+            with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
@@ -98,9 +96,10 @@ def replacing(path, mode: str = "wb"):
 # --------------------------------------------------------------------------------------------------
 
 
-def download(url: str, path, size: int | None = None, digest: str | None = None, tries: int = 5) -> Path:
-    """Fetch `url` to `path` unless it is there. What has arrived stays in PATH.part and is
-    continued.
+def download(
+    url: str, path, size: int | None = None, digest: str | None = None, tries: int = 5
+) -> Path:
+    """Fetch `url` to `path` unless it is there. What arrives stays in PATH.part and is continued.
 
     digest: "sha256:..." or "md5:..." of the whole file. Raises OSError when the server refuses,
     when the connection broke `tries` times without a byte of progress, or when size or digest are
@@ -120,8 +119,9 @@ def download(url: str, path, size: int | None = None, digest: str | None = None,
             complete = _fetch(requests, url, part, have)
         except requests.HTTPError as error:
             status = error.response.status_code
-            if status < 500:
-                raise OSError(f"{url} answered {status} {error.response.reason}: check the address") from None
+            if status < 500 and status != 429:  # (429: too many requests)
+                raise OSError(
+                    f"{url} answered {status} {error.response.reason}: check the address") from None
             reason = f"it answered {status}"
         except (requests.RequestException, ConnectionError) as error:
             reason = type(error).__name__
@@ -133,7 +133,8 @@ def download(url: str, path, size: int | None = None, digest: str | None = None,
         failures = 0 if progressed else failures + 1
         time.sleep(0 if progressed else min(2**failures / 4, 8))
     else:
-        raise OSError(f"cannot download {url}: {reason}, {tries} times; the same command continues it later")
+        raise OSError(
+            f"cannot download {url}: {reason}, {tries} times; the same command continues it later")
     _check_download(part, url, size, digest)
     os.replace(part, path)
     return path
@@ -156,7 +157,7 @@ def _fetch(requests, url: str, part: Path, have: int) -> bool:
         length = answer.headers.get("Content-Length")
         total = have + int(length) if length else None
         with open(part, "ab" if have else "wb") as file:
-            for block in answer.iter_content(1 << 14):  # of a block that is cut off, nothing arrives
+            for block in answer.iter_content(1 << 14):  # of a block cut off, nothing arrives
                 file.write(block)
                 have += len(block)
                 _show_download(url, have, total)
@@ -168,7 +169,8 @@ def _fetch(requests, url: str, part: Path, have: int) -> bool:
 def _show_download(url: str, have: int, total: int | None) -> None:
     if sys.stderr.isatty():
         share = f" of {total / 1e6:.1f} ({have / total:.0%})" if total else ""
-        print(f"\r{url.rpartition('/')[2]}: {have / 1e6:.1f}{share} MB", end="", file=sys.stderr, flush=True)
+        print(f"\r{url.rpartition('/')[2]}: {have / 1e6:.1f}{share} MB",
+              end="", file=sys.stderr, flush=True)
 
 
 def _check_download(part: Path, url: str, size: int | None, digest: str | None) -> None:
@@ -195,26 +197,20 @@ def _check_download(part: Path, url: str, size: int | None, digest: str | None) 
 
 HUB = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main"
 NAMED = {  # name -> what to download: (part, url, size, digest)
-    "shakespeare": [
-        (
-            "train",
-            "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
-            1_115_394,
-            "sha256:86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
-        )
-    ],
+    "shakespeare": [(
+        "train",
+        "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+        1_115_394, "sha256:86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+    )],
     "tinystories": [
         ("train", f"{HUB}/TinyStories-train.txt", None, None),
         ("validation", f"{HUB}/TinyStories-valid.txt", None, None),
     ],
-    "imdb": [
-        (
-            "archive",
-            "https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz",
-            84_125_825,
-            "md5:7c2ac02c03563afcf9b574c7e56c153a",
-        )
-    ],
+    "imdb": [(
+        "archive",
+        "https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz",
+        84_125_825, "md5:7c2ac02c03563afcf9b574c7e56c153a",
+    )],
 }
 READABLE = (".txt", ".gz", ".jsonl")
 
@@ -223,8 +219,7 @@ def find_source(name: str) -> dict[str, Path]:
     """The text files of a source: {"train": path} and, where the source brings it, "validation".
 
     name: a key of NAMED, a URL, a file (.jsonl, .gz of any of these, anything else is plain text),
-    or a folder of .txt, .jsonl and .gz files. Raises OSError or ValueError where there is nothing
-    to read.
+    or a folder of .txt, .jsonl and .gz files. Raises OSError or ValueError if there is nothing.
     """
     if name in NAMED:
         folder = cache_folder() / name
@@ -237,18 +232,21 @@ def find_source(name: str) -> dict[str, Path]:
         return files
     if re.match(r"https?://", name):
         key = hashlib.sha256(name.encode()).hexdigest()[:16]
-        file_name = re.sub(r"[^\w.-]", "_", name.partition("?")[0].rpartition("/")[2])[-80:] or "text"
+        file_name = (
+            re.sub(r"[^\w.-]", "_", name.partition("?")[0].rpartition("/")[2])[-80:] or "text")
         return {"train": one_text([download(name, cache_folder() / key / file_name)])}
     path = Path(name)
     if not path.exists() and not path.is_absolute():
         path = Path(__file__).parent / name  # input.txt, from another working folder
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in READABLE and file.is_file())
+        files = sorted(
+            file for file in path.rglob("*") if file.suffix in READABLE and file.is_file())
         if not files:
             raise ValueError(f"the folder {name} holds no {', '.join(READABLE)} file")
         return {"train": one_text(files)}
     if not path.is_file():
-        raise ValueError(f"no data at {name}: give a file, a folder, a URL or one of {', '.join(NAMED)}")
+        raise ValueError(
+            f"no data at {name}: give a file, a folder, a URL or one of {', '.join(NAMED)}")
     return {"train": one_text([path])}
 
 
@@ -259,7 +257,9 @@ def one_text(files: list[Path], part: str = "train") -> Path:
     path = cache_folder() / "texts" / f"{fingerprint(files, part)}.txt"
     if not path.exists():
         with replacing(path) as out:
-            for i, document in enumerate(itertools.chain.from_iterable(read_documents(f, part) for f in files)):
+            for i, document in enumerate(
+                itertools.chain.from_iterable(read_documents(f, part) for f in files)
+            ):
                 out.write(b"\n" + SEPARATOR.encode() + b"\n" if i else b"")
                 for block in document:
                     out.write(block)
@@ -267,14 +267,15 @@ def one_text(files: list[Path], part: str = "train") -> Path:
 
 
 def read_documents(path: Path, part: str):
-    """Yield the documents of a file, each an iterable of bytes: rows of JSON lines, members of an
-    archive."""
+    """Yield a file's documents (JSON lines, members of an archive), each an iterable of bytes."""
     if path.name.endswith(".tar.gz"):
         # IMDb's layout. Nothing is unpacked to the disk, so no member can be written anywhere.
         folders = "train/(pos|neg|unsup)" if part == "train" else "test/(pos|neg)"
         with tarfile.open(path, "r|gz") as archive:
             for member in archive:
-                if member.isfile() and re.fullmatch(rf"aclImdb/{folders}/\d+_\d+\.txt", member.name):
+                if member.isfile() and re.fullmatch(
+                    rf"aclImdb/{folders}/\d+_\d+\.txt", member.name
+                ):
                     yield [archive.extractfile(member).read().replace(b"<br /><br />", b"\n\n")]
         return
     with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
@@ -286,11 +287,12 @@ def read_documents(path: Path, part: str):
                 try:
                     yield [json.loads(line)["text"].encode("utf-8", "replace")]
                 except (ValueError, KeyError, TypeError, AttributeError):
-                    raise ValueError(f'{path}, line {number}: not a JSON object with a "text"') from None
+                    raise ValueError(
+                        f'{path}, line {number}: not a JSON object with a "text"') from None
 
 
 def fingerprint(files: list[Path], *extra) -> str:
-    """Names a cache entry: changes with any file's path, size or time of change, and with `extra`."""
+    """Names a cache entry: changes with a file's path, size or time of change, and with `extra`."""
     stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return hashlib.sha256(json.dumps([stats, extra]).encode()).hexdigest()[:20]
 
@@ -301,16 +303,15 @@ def fingerprint(files: list[Path], *extra) -> str:
 
 
 def split_point(path: Path) -> int:
-    """The byte at which the last tenth begins: of the documents, or of the text where it is one
-    stream."""
+    """The byte where the last tenth begins: of the documents, or of a text that is one stream."""
     size = path.stat().st_size
     if size == 0:
         raise ValueError(f"{path} is empty: there is nothing to learn from")
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
         found = re.finditer(re.escape(SEPARATOR).encode() + b"\n?", text)
         ends = np.fromiter((match.end() for match in found), np.int64)
-        if len(ends):
-            documents = len(ends) + bool(text[ends[-1] :].strip())  # text after the last separator is one more
+        documents = len(ends) and len(ends) + bool(text[ends[-1] :].strip())  # one more behind them
+        if documents > 1:
             return int(ends[max(int(documents * 0.9), 1) - 1])
         point = size * 9 // 10
         while point < size and text[point] & 0xC0 == 0x80:  # inside a character
@@ -334,7 +335,8 @@ def pieces(path: Path, start: int, stop: int) -> list[tuple[Path, int, int]]:
             cut += text[cut : cut + 1] == b"\n"  # it belongs to the separator
             if found < 0:
                 tail = text[end - (PIECE >> 4) : end]
-                words = list(re.finditer(rb"[!-~](?=\n)", tail)) or list(re.finditer(rb"[!-~](?= )", tail))
+                words = (list(re.finditer(rb"[!-~](?=\n)", tail))
+                         or list(re.finditer(rb"[!-~](?= )", tail)))
                 cut = end - len(tail) + words[-1].end() if words else end
                 while text[cut] & 0xC0 == 0x80:
                     cut -= 1
@@ -343,7 +345,7 @@ def pieces(path: Path, start: int, stop: int) -> list[tuple[Path, int, int]]:
 
 
 def read_piece(piece: tuple[Path, int, int]) -> list[str]:
-    """The documents (or parts of them) in a piece. Raises ValueError for bytes that are not UTF-8."""
+    """The documents (or parts of them) in a piece. Raises ValueError where it is not UTF-8."""
     path, start, stop = piece
     with open(path, "rb") as file:
         file.seek(start)
@@ -352,8 +354,9 @@ def read_piece(piece: tuple[Path, int, int]) -> list[str]:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"{path} is not UTF-8 text: byte 0x{raw[error.start]:02x} at offset {start + error.start:,}; "
-            f"convert it (iconv -f latin1 -t utf-8), or drop such bytes (iconv -c -f utf-8 -t utf-8)"
+            f"{path} is not UTF-8 text: byte 0x{raw[error.start]:02x} at offset "
+            f"{start + error.start:,}; convert it (iconv -f latin1 -t utf-8), "
+            f"or drop such bytes (iconv -c -f utf-8 -t utf-8)"
         ) from None
     text = text.removeprefix("\ufeff") if start == 0 else text
     return re.split(rf"\n?{re.escape(SEPARATOR)}\n?", text)
@@ -371,8 +374,7 @@ load_tokenizer = functools.lru_cache(1)(Tokenizer.load)  # each process loads it
 
 
 def encode_piece(job: tuple[tuple, Path, int, str]) -> np.ndarray:
-    """Ids of a piece, with the token `separator` for each SEPARATOR. job: (piece, tokenizer's path,
-    separator, dtype)"""
+    """Ids of a (piece, tokenizer's path, separator, dtype), each SEPARATOR as token `separator`."""
     piece, tokenizer_path, separator, dtype = job
     tokenizer = load_tokenizer(tokenizer_path)
     ids = []
@@ -407,7 +409,7 @@ class Corpus:
 
     @functools.cached_property
     def token_bytes(self) -> np.ndarray:
-        """How many bytes of text each token spells, (vocab_size,) int64; special tokens spell none."""
+        """How many bytes each token spells, (vocab_size,) int64; special tokens spell none."""
         lengths = np.zeros(self.tokenizer.vocab_size, np.int64)
         for token, spelled in self.tokenizer.spelling.items():
             lengths[token] = len(spelled)
@@ -424,7 +426,8 @@ def prepare(source: str, vocab_size: int, special_tokens, separator: str, tokeni
     files = find_source(source)
     texts = list(files.values())
     if tokenizer is None:
-        path = cache_folder() / "tokenizers" / f"{fingerprint(texts, vocab_size, list(special_tokens))}.json"
+        path = cache_folder() / "tokenizers" / (
+            f"{fingerprint(texts, vocab_size, list(special_tokens))}.json")
         if not path.exists():
             counts = Counter()
             for counted in parallel(count_piece, plan(files)["train"]):
@@ -444,7 +447,8 @@ def prepare(source: str, vocab_size: int, special_tokens, separator: str, tokeni
         finally:
             shutil.rmtree(making, ignore_errors=True)
     facts = json.loads((folder / "corpus.json").read_text())
-    parts = {part: np.memmap(folder / f"{part}.bin", facts["dtype"], "r") for part in ("train", "validation")}
+    parts = {part: np.memmap(folder / f"{part}.bin", facts["dtype"], "r")
+             for part in ("train", "validation")}
     return Corpus(tokenizer, parts["train"], parts["validation"], facts["documents"])
 
 
@@ -453,16 +457,19 @@ def plan(files: dict[str, Path]) -> dict[str, list]:
     end = files["train"].stat().st_size
     if "validation" in files:
         other = files["validation"]
-        return {"train": pieces(files["train"], 0, end), "validation": pieces(other, 0, other.stat().st_size)}
+        return {"train": pieces(files["train"], 0, end),
+                "validation": pieces(other, 0, other.stat().st_size)}
     split = split_point(files["train"])
-    return {"train": pieces(files["train"], 0, split), "validation": pieces(files["train"], split, end)}
+    return {"train": pieces(files["train"], 0, split),
+            "validation": pieces(files["train"], split, end)}
 
 
-def encode_corpus(parts: dict[str, list], folder: Path, tokenizer: Tokenizer, separator: str) -> None:
+def encode_corpus(
+    parts: dict[str, list], folder: Path, tokenizer: Tokenizer, separator: str
+) -> None:
     """Write train.bin, validation.bin and corpus.json into `folder`.
 
-    A part is: separator document separator document ... separator. A text that is one stream is one
-    document.
+    A part is: separator document separator ... separator. A text of one stream is one document.
     """
     with naming(folder):
         tokenizer.save(folder / "tokenizer.json")
@@ -473,7 +480,8 @@ def encode_corpus(parts: dict[str, list], folder: Path, tokenizer: Tokenizer, se
         with open(folder / f"{part}.bin", "wb") as file:
             last = None
             for ids in itertools.chain([edge], parallel(encode_piece, jobs), [edge]):
-                ids = ids[1:] if last == edge and ids is edge else ids  # the text itself ended in a separator
+                if last == edge and ids[:1] == edge:  # the text itself begins or ends with one
+                    ids = ids[1:]
                 documents += int((ids == edge).sum())
                 last = ids[-1:] if len(ids) else last
                 with naming(folder):
@@ -486,12 +494,14 @@ def encode_corpus(parts: dict[str, list], folder: Path, tokenizer: Tokenizer, se
 def random_corpus(vocab_size: int, special_tokens, length: int = 1 << 20) -> Corpus:
     """Random tokens, to measure with."""
     tokens = np.random.default_rng(0).integers(len(special_tokens), vocab_size, length)
-    return Corpus(Tokenizer.from_counts({}, 256 + len(special_tokens), special_tokens), tokens, tokens, 1)
+    return Corpus(
+        Tokenizer.from_counts({}, 256 + len(special_tokens), special_tokens), tokens, tokens, 1)
 
 
-def sliding_windows(tokens, block_size: int, stride: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """Cut a stream into (inputs, targets), both (n, block_size) int64: the target is the next
-    token.
+def sliding_windows(
+    tokens, block_size: int, stride: int, pad_id: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Cut a stream into (inputs, targets), both (n, block_size) int64: a target is the next token.
 
     Windows begin every `stride` tokens (1 to block_size) and every token but the first is a target
     at least once. The last window is filled up with `pad_id`; there the targets are -100, which the
@@ -515,17 +525,15 @@ def sliding_windows(tokens, block_size: int, stride: int, pad_id: int) -> tuple[
 
 @functools.lru_cache(4)
 def epoch_order(n: int, seed: int, epoch: int) -> tuple[np.ndarray, float]:
-    """A random order of n rows, and a random number from [0, 1), the same for the same arguments."""
+    """A random order of n rows and a random number from [0, 1), the same for the same arguments."""
     generator = np.random.default_rng((seed, epoch))
     return generator.permutation(n), generator.random()
 
 
 def shuffled_rows(n: int, seed: int, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers first..first + count of an endless sequence of epochs, each all n rows in its own
-    order.
+    """Numbers first..first + count of endless epochs, each with all n rows in an order of its own.
 
-    Returns the rows (count,) int64 and, for each, a random number from [0, 1) that its epoch has,
-    (count,).
+    Returns the rows, (count,) int64, and for each its epoch's random number from [0, 1), (count,).
     """
     drawn = []
     for number in range(first, first + count):
@@ -541,8 +549,7 @@ def shuffled_rows(n: int, seed: int, first: int, count: int) -> tuple[np.ndarray
 
 
 class RunLog:
-    """log.jsonl, a line of JSON per event; loss.svg, drawn from it; and the progress on the
-    terminal."""
+    """log.jsonl, a line of JSON per event; loss.svg, drawn from it; progress on the terminal."""
 
     def __init__(self, folder, resumed_at: int | None = None):
         """resumed_at: the step the run continues from; what was logged after it is dropped."""
@@ -595,7 +602,8 @@ class RunLog:
             file.write(line_chart(curves, title, "step", "loss"))
 
 
-COLOURS = "#9db8d9 #c8401f #2e7d32 #7b4fa3 #b8860b #00838f #ad1457 #5d4037 #455a64 #9e9d24 #1565c0 #ef6c00".split()
+COLOURS = ("#9db8d9 #c8401f #2e7d32 #7b4fa3 #b8860b #00838f "
+           "#ad1457 #5d4037 #455a64 #9e9d24 #1565c0 #ef6c00").split()
 
 
 def ticks(low: float, high: float, about: int = 6) -> list[float]:
@@ -606,9 +614,10 @@ def ticks(low: float, high: float, about: int = 6) -> list[float]:
     return [i * step for i in range(math.ceil(low / step), math.floor(high / step + 1e-9) + 1)]
 
 
-def line_chart(curves: dict[str, list[tuple[float, float]]], title: str, x_label: str, y_label: str) -> str:
-    """An SVG of the curves, name -> [(x, y), ...], with axes, and a legend that tells each one's
-    last value."""
+def line_chart(
+    curves: dict[str, list[tuple[float, float]]], title: str, x_label: str, y_label: str
+) -> str:
+    """An SVG of the curves, name -> [(x, y), ...], with axes and a legend of their last values."""
     curves = {name: points for name, points in curves.items() if points}
     width, height, left, right, top, bottom = 720, 420, 60, 20, 44, 48
     xs = [x for points in curves.values() for x, _ in points] or [0]
@@ -625,8 +634,8 @@ def line_chart(curves: dict[str, list[tuple[float, float]]], title: str, x_label
         return height - bottom - (y - y_low) / (y_high - y_low) * (height - top - bottom)
 
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
-        f'font-family="system-ui, sans-serif" font-size="12" fill="#444">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
+        f'height="{height}" font-family="system-ui, sans-serif" font-size="12" fill="#444">',
         f'<rect width="{width}" height="{height}" fill="#fff"/>',
         f'<text x="{left}" y="24" font-size="15" fill="#111">{html.escape(title)}</text>',
     ]
@@ -634,19 +643,24 @@ def line_chart(curves: dict[str, list[tuple[float, float]]], title: str, x_label
         parts.append(f'<path d="M{left} {down(y):.1f}H{width - right}" stroke="#e6e6e6"/>')
         parts.append(f'<text x="{left - 8}" y="{down(y) + 4:.1f}" text-anchor="end">{y:g}</text>')
     for x in ticks(x_low, x_high):
-        parts.append(f'<text x="{across(x):.1f}" y="{height - bottom + 18}" text-anchor="middle">{x:g}</text>')
+        parts.append(f'<text x="{across(x):.1f}" y="{height - bottom + 18}" '
+                     f'text-anchor="middle">{x:g}</text>')
     parts.append(f'<path d="M{left} {height - bottom}H{width - right}" stroke="#888"/>')
-    parts.append(f'<text x="{(left + width - right) / 2}" y="{height - 10}" text-anchor="middle">{x_label}</text>')
-    parts.append(f'<text transform="translate(16 {height / 2})rotate(-90)" text-anchor="middle">{y_label}</text>')
+    parts.append(f'<text x="{(left + width - right) / 2}" y="{height - 10}" '
+                 f'text-anchor="middle">{x_label}</text>')
+    parts.append(f'<text transform="translate(16 {height / 2})rotate(-90)" '
+                 f'text-anchor="middle">{y_label}</text>')
     for i, (name, points) in enumerate(curves.items()):
         colour = COLOURS[i % len(COLOURS)]
         line = " ".join(f"{across(x):.1f},{down(y):.1f}" for x, y in points)
         parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
         if len(points) <= 30:
-            parts += [f'<circle cx="{across(x):.1f}" cy="{down(y):.1f}" r="3" fill="{colour}"/>' for x, y in points]
+            parts += [f'<circle cx="{across(x):.1f}" cy="{down(y):.1f}" r="3" fill="{colour}"/>'
+                      for x, y in points]
         y = top + 8 + 18 * i
         parts.append(f'<path d="M{width - 190} {y}h22" stroke="{colour}" stroke-width="3"/>')
-        parts.append(f'<text x="{width - 160}" y="{y + 4}">{html.escape(name)}: {points[-1][1]:.3f}</text>')
+        parts.append(f'<text x="{width - 160}" y="{y + 4}">'
+                     f'{html.escape(name)}: {points[-1][1]:.3f}</text>')
     return "\n".join([*parts, "</svg>\n"])
 
 
@@ -662,7 +676,8 @@ class Parser(argparse.ArgumentParser):
         unknown = re.match(r"unrecognized arguments: (--\w+)", message)
         if unknown:
             near = difflib.get_close_matches(unknown[1], self._option_string_actions, 1)
-            message = f"there is no flag {unknown[1]}" + (f"; did you mean {near[0]}?" if near else "")
+            message = (f"there is no flag {unknown[1]}"
+                       + (f"; did you mean {near[0]}?" if near else ""))
         raise ValueError(f"{message} ({self.prog} --help lists the flags)")
 
 
@@ -675,13 +690,15 @@ def boolean(text: str) -> bool:
 
 def comments(cls) -> dict[str, str]:
     """field -> the comment behind it in the source: what the reader reads is what --help says."""
-    sources = [inspect.getsource(base) for base in reversed(cls.__mro__) if dataclasses.is_dataclass(base)]
+    sources = [inspect.getsource(base)
+               for base in reversed(cls.__mro__) if dataclasses.is_dataclass(base)]
     return dict(re.findall(r"^    (\w+):.*?  # (.*)$", "\n".join(sources), re.MULTILINE))
 
 
 def add_flags(parser: argparse.ArgumentParser, cls, defaults: dict) -> None:
-    """A flag for each field of the dataclass. What is not given stays out of the parsed namespace."""
-    group, hints, helps = (parser.add_argument_group(cls.__name__), typing.get_type_hints(cls), comments(cls))
+    """A flag for each field of the dataclass. What is not given stays out of the namespace."""
+    group, hints, helps = (
+        parser.add_argument_group(cls.__name__), typing.get_type_hints(cls), comments(cls))
     for field in dataclasses.fields(cls):
         hint = hints[field.name]
         options, notes = dict(metavar=""), []
@@ -689,29 +706,33 @@ def add_flags(parser: argparse.ArgumentParser, cls, defaults: dict) -> None:
             options["choices"] = typing.get_args(hint)
             notes.append(", ".join(options["choices"]))
         else:
-            kind = next((kind for kind in (bool, int, float) if kind in (hint, *typing.get_args(hint))), str)
+            kind = next((kind for kind in (bool, int, float)
+                         if kind in (hint, *typing.get_args(hint))), str)
             options["type"] = boolean if kind is bool else kind
         default = defaults.get(field.name, field.default)
         if default not in (None, dataclasses.MISSING):
-            notes.append(f"default {json.dumps(default).strip(chr(34))}" if default != "" else "default: none")
-        options["help"] = (helps[field.name] + (f" ({'; '.join(notes)})" if notes else "")).replace("%", "%%")
+            notes.append(f"default {json.dumps(default).strip(chr(34))}"
+                         if default != "" else "default: none")
+        options["help"] = (
+            helps[field.name] + (f" ({'; '.join(notes)})" if notes else "")).replace("%", "%%")
         group.add_argument(f"--{field.name}", default=argparse.SUPPRESS, **options)
 
 
 def build(cls, settings: dict):
     """An instance of the dataclass from those of the settings that are its fields."""
-    return cls(**{field.name: settings[field.name] for field in dataclasses.fields(cls) if field.name in settings})
+    return cls(**{field.name: settings[field.name]
+                  for field in dataclasses.fields(cls) if field.name in settings})
 
 
 def defaults_of(classes) -> dict:
     """The dataclasses' defaults, name -> value."""
     fields = itertools.chain.from_iterable(map(dataclasses.fields, classes))
-    return {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
+    return {field.name: field.default
+            for field in fields if field.default is not dataclasses.MISSING}
 
 
 def read_settings(path: str, classes) -> dict:
-    """A file of settings (run.json, or your own): fields of the dataclasses. Raises ValueError for
-    anything else."""
+    """A file of settings (run.json, or yours). Raises ValueError if not all are fields of these."""
     try:
         settings = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
@@ -725,14 +746,14 @@ def read_settings(path: str, classes) -> dict:
 
 
 def parse_command(name: str, commands: dict, presets: dict, arguments: list[str]):
-    """(the command's function, all its settings, those given as flags): defaults < --preset <
-    --config < flags.
+    """(the command's function, all its settings, those given).
 
-    commands: name -> (function, dataclasses whose fields are its flags); the first one is the
-    default, and so is the first preset, a dict of settings. Raises ValueError for what cannot be
-    understood.
+    Precedence of settings: defaults < --preset < --config < flags. commands: name -> (function,
+    dataclasses whose fields are its flags); the first one is the default, and so is the first
+    preset, a dict of settings. Raises ValueError for what cannot be understood.
     """
-    chosen = arguments[0] if arguments and not arguments[0].startswith("-") else next(iter(commands))
+    chosen = (arguments[0] if arguments and not arguments[0].startswith("-")
+              else next(iter(commands)))
     if chosen not in commands:
         raise ValueError(f"there is no command {chosen}: the commands are {', '.join(commands)}")
     command, classes = commands[chosen]
@@ -740,23 +761,28 @@ def parse_command(name: str, commands: dict, presets: dict, arguments: list[str]
         prog=f"python {name}.py {chosen}",
         usage="%(prog)s [flags]",
         description=command.__doc__,
-        epilog=f"Commands: {', '.join(commands)}; without one, {next(iter(commands))}. Each has its own --help.",
+        epilog=f"Commands: {', '.join(commands)}; without one, {next(iter(commands))}. "
+               f"Each has its own --help.",
         allow_abbrev=False,
     )
     settings = defaults_of(classes)
-    sized = {field for cls in classes for field in cls.__dataclass_fields__} >= set(next(iter(presets.values())))
+    sized = ({field for cls in classes for field in cls.__dataclass_fields__}
+             >= set(next(iter(presets.values()))))
     if sized:
         first = next(iter(presets))
         settings |= presets[first]
-        parser.add_argument("--preset", metavar="", help=f"a named size ({', '.join(presets)}; default {first})")
-        parser.add_argument("--config", metavar="", help="a JSON file of settings, as run.json is; flags win over it")
+        parser.add_argument("--preset", metavar="",
+                            help=f"a named size ({', '.join(presets)}; default {first})")
+        parser.add_argument("--config", metavar="",
+                            help="a JSON file of settings, as run.json is; flags win over it")
     for cls in classes:
         add_flags(parser, cls, settings)
     given = vars(parser.parse_args(arguments[1:] if arguments[:1] == [chosen] else arguments))
     preset, config = given.pop("preset", None), given.pop("config", None)
     if preset and preset not in presets:
         raise ValueError(f"there is no preset {preset}: the presets are {', '.join(presets)}")
-    given = (presets[preset] if preset else {}) | (read_settings(config, classes) if config else {}) | given
+    given = ((presets[preset] if preset else {})
+             | (read_settings(config, classes) if config else {}) | given)
     return command, settings | given, given
 
 
@@ -773,20 +799,22 @@ def choose_device(name: str):
     if name == "auto":
         name = next(kind for kind, available in there.items() if available)
     if not there[name]:
-        raise ValueError(f"this PyTorch sees no {name} device; use --device cpu, or install PyTorch with {name}")
+        raise ValueError(
+            f"this PyTorch sees no {name} device; use --device cpu, or install PyTorch with {name}")
     return torch.device(name)
 
 
 def choose_dtype(name: str, device):
-    """--dtype as a torch.dtype. The weights are float32 anyway; this is what products are computed
-    in."""
+    """--dtype as a torch.dtype: products are computed in it; the weights are float32 anyway."""
     import torch
 
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":  # a T4 (7.5) has no bfloat16
         return torch.bfloat16 if torch.cuda.get_device_capability()[0] >= 8 else torch.float16
-    if device.type == "cpu" and matmul_gflops("cpu", torch.bfloat16) > 1.2 * matmul_gflops("cpu", torch.float32):
+    if device.type == "cpu" and (
+        matmul_gflops("cpu", torch.bfloat16) > 1.2 * matmul_gflops("cpu", torch.float32)
+    ):
         return torch.bfloat16  # a processor with bfloat16 instructions
     return torch.float32
 
@@ -799,8 +827,7 @@ def autocast_to(dtype, device):
 
 
 def matmul_gflops(device, dtype, size: int = 512, seconds: float = 0.02) -> float:
-    """How many 10^9 floating-point operations a second this machine does in matrix products of
-    `dtype`."""
+    """How many 10^9 floating-point operations a second matrix products of `dtype` reach here."""
     import torch
 
     def synchronize():
@@ -823,8 +850,7 @@ def keep_freed_memory() -> None:
     """Tell the C library to keep the memory that is freed, for the next step to use it again.
 
     As it comes, glibc hands every large tensor back to the system and asks for it anew, and the
-    system clears each page again: a fifth of a training step on a CPU. Does nothing where there is
-    no glibc.
+    system clears each page again: a fifth of a training step on a CPU. No effect without glibc.
     """
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL("libc.so.6").mallopt
@@ -835,8 +861,7 @@ def keep_freed_memory() -> None:
 
 
 def load_checkpoint(path, name: str, build_model):
-    """(checkpoint, model): what `name`.py saved at `path`, with the tokenizer beside it as
-    checkpoint["tokenizer"].
+    """(checkpoint, model): what `name`.py saved at `path`, checkpoint["tokenizer"] beside it.
 
     build_model(config dict) -> the module that takes the weights. No code in the file is run.
     Raises ValueError where it is something else than a whole checkpoint of that name.
@@ -845,7 +870,8 @@ def load_checkpoint(path, name: str, build_model):
 
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"there is no checkpoint {path}: train one, or name another with --init_from")
+        raise ValueError(
+            f"there is no checkpoint {path}: train one, or name another with --init_from")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if checkpoint["name"] != name:
@@ -872,8 +898,7 @@ def peak_memory_mb(device) -> float:
 
 @contextlib.contextmanager
 def interrupts():
-    """Within it Ctrl-C only makes the yielded list true, so that no step is left half done; twice,
-    it stops."""
+    """Within it Ctrl-C only makes the yielded list true: no step is cut short. Twice, it stops."""
     pressed = []
 
     def note(signal_number, frame):

@@ -1,5 +1,4 @@
-"""GPT: a decoder that reads text from left to right and predicts, at every position, the next
-token.
+"""GPT: a decoder that reads text from left to right and predicts the next token at every position.
 
 That is the whole objective. A text of T tokens gives T exercises at once, since a causal mask lets
 each position see only itself and what came before:
@@ -12,17 +11,17 @@ output of attention (positions exchange information) and of a feed-forward netwo
 thinks alone) to a residual stream, and a linear head that turns the stream into a score for every
 token of the vocabulary.
 
-    python gpt.py                                  train on input.txt: two to three minutes on a laptop
+    python gpt.py                                  train on input.txt: 2 to 3 minutes on a laptop
     python gpt.py generate --prompt "Title: The"   write with what was trained
-    python gpt.py eval                             loss and bits per byte on the whole validation part
+    python gpt.py eval                             loss and bits per byte on all validation text
     python gpt.py bench                            how fast this machine is at it
     python gpt.py --help                           every flag
 
-It reads from top to bottom: 2 the configuration, 3 layers, 4 the model, 5 the objective, 6
-generation, 7 training, 8 the command line. Copied alone into a project, this file still gives `from
-gpt import GPT, GPTConfig`; to train, it needs bpe.py (the tokenizer) and data.py (files, downloads,
-the log) beside it. To learn, change things: `--pos none` (which words suffer?), `--norm none`,
-`--n_head 1`.
+It reads from top to bottom: 2 the configuration, 3 layers, 4 the model, 5 the objective,
+6 generation, 7 training, 8 the command line. Copied alone into a project, this file still gives
+`from gpt import GPT, GPTConfig`; to train, it needs bpe.py (the tokenizer) and data.py (files,
+downloads, the log) beside it. To learn, change things: `--pos none` (which words suffer?),
+`--norm none`, `--n_head 1`.
 
 Papers: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners" (GPT-2);
 Vaswani et al. 2017, https://arxiv.org/abs/1706.03762 (attention); Radford et al. 2018 (GPT).
@@ -53,8 +52,7 @@ from torch.optim.adamw import adamw
 
 @dataclass
 class GPTConfig:
-    """The architecture. Defaults are GPT-2's; every other value is a variant that people have
-    tried.
+    """The architecture. Defaults are GPT-2's; every other value is a variant people have tried.
 
     Raises ValueError for sizes that do not fit together.
     """
@@ -64,7 +62,7 @@ class GPTConfig:
     n_layer: int  # blocks
     n_head: int  # attention heads in a block
     n_embd: int  # width of the residual stream
-    n_ff: int | None = None  # width inside the feed-forward (default 4 * n_embd; 0: no feed-forward)
+    n_ff: int | None = None  # width inside a feed-forward (default 4 * n_embd; 0: no feed-forward)
     head_dim: int | None = None  # width of a head's queries and keys (default n_embd / n_head)
     value_dim: int | None = None  # width of a head's values (default head_dim)
     dropout: float = 0.0  # share of activations zeroed in training
@@ -77,13 +75,19 @@ class GPTConfig:
 
     def __post_init__(self):
         if min(self.vocab_size, self.block_size, self.n_head, self.n_embd) < 1 or self.n_layer < 0:
-            raise ValueError("vocab_size, block_size, n_head and n_embd have to be at least 1, n_layer at least 0")
+            raise ValueError(
+                "vocab_size, block_size, n_head and n_embd have to be at least 1, "
+                "n_layer at least 0"
+            )
         if self.head_dim is None and self.n_embd % self.n_head:
             raise ValueError(
-                f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}: change one of them or set head_dim"
+                f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}: "
+                "change one of them or set head_dim"
             )
         if self.pos == "rotary" and self.key_width % 2:
-            raise ValueError(f"rotary positions turn pairs of numbers: head_dim {self.key_width} has to be even")
+            raise ValueError(
+                f"rotary positions turn pairs of numbers: head_dim {self.key_width} has to be even"
+            )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout {self.dropout} is not between 0 and 1")
 
@@ -100,16 +104,16 @@ class GPTConfig:
         return 4 * self.n_embd if self.n_ff is None else self.n_ff
 
 
-PRESETS = {
+PRESETS = {  # GPT-2's four sizes have 124 M, 355 M, 774 M and 1.56 B parameters
     "laptop": dict(vocab_size=2048, block_size=128, n_layer=4, n_head=4, n_embd=256),
     "t4": dict(vocab_size=8192, block_size=512, n_layer=8, n_head=8, n_embd=512),
-    "gpt2": dict(vocab_size=50257, block_size=1024, n_layer=12, n_head=12, n_embd=768),  # 124 M parameters
-    "gpt2-medium": dict(vocab_size=50257, block_size=1024, n_layer=24, n_head=16, n_embd=1024),  # 355 M
-    "gpt2-large": dict(vocab_size=50257, block_size=1024, n_layer=36, n_head=20, n_embd=1280),  # 774 M
-    "gpt2-xl": dict(vocab_size=50257, block_size=1024, n_layer=48, n_head=25, n_embd=1600),  # 1.56 B
+    "gpt2": dict(vocab_size=50257, block_size=1024, n_layer=12, n_head=12, n_embd=768),
+    "gpt2-medium": dict(vocab_size=50257, block_size=1024, n_layer=24, n_head=16, n_embd=1024),
+    "gpt2-large": dict(vocab_size=50257, block_size=1024, n_layer=36, n_head=20, n_embd=1280),
+    "gpt2-xl": dict(vocab_size=50257, block_size=1024, n_layer=48, n_head=25, n_embd=1600),
 }
 RECIPES = {  # training settings that go with a preset; the others start from laptop's
-    "laptop": dict(max_steps=300, batch_size=32, lr=0.01, matrix_lr=0.03),
+    "laptop": dict(max_steps=500, batch_size=16, lr=0.01, matrix_lr=0.03),
     "t4": dict(max_steps=3000, batch_size=32, lr=0.005, matrix_lr=0.02, eval_interval=250),
 }
 
@@ -122,21 +126,21 @@ LONG = 1024  # number of keys from which the fused attention is faster on a CPU,
 
 
 def attention(query, key, value, bias=None, causal=False, scale=None, dropout=0.0):
-    """softmax(Q K^T * scale + bias) V: each query takes a weighted mean of the values (Vaswani,
-    3.2.1).
+    """softmax(Q K^T * scale + bias) V: per query a weighted mean of the values (Vaswani, 3.2.1).
 
     query (B, nh, T, hd), key (B, nh, S, hd), value (B, nh, S, vd) -> (B, nh, T, vd). bias is added
     to the scores and broadcasts to (B, nh, T, S). causal: the last query sees all S keys, the one
     before it S - 1, and so on. scale: 1 / sqrt(hd) unless given.
 
     The formula is the last three lines. For short sequences on a CPU it is two to three times as
-    fast, as it stands, as PyTorch's fused kernel; everywhere else (also for a single query) the
-    fused one is faster.
+    fast as PyTorch's fused kernel; elsewhere (also for a single query) the fused one is faster.
     """
     T, S = query.size(-2), key.size(-2)
     scale = query.size(-1) ** -0.5 if scale is None else scale
     if causal and (T != S or bias is not None or query.device.type == "cpu"):
-        future = torch.full((T, S), float("-inf"), dtype=query.dtype, device=query.device).triu(1 + S - T)
+        future = torch.full(
+            (T, S), float("-inf"), dtype=query.dtype, device=query.device
+        ).triu(1 + S - T)
         bias, causal = future if bias is None else bias + future, False
     if query.device.type != "cpu" or S >= LONG or T == 1:
         return F.scaled_dot_product_attention(query, key, value, bias, dropout, causal, scale=scale)
@@ -146,8 +150,7 @@ def attention(query, key, value, bias=None, causal=False, scale=None, dropout=0.
 
 
 def sinusoids(length: int, width: int) -> torch.Tensor:
-    """(length, width): sin and cos of the position at wavelengths from 2 pi to 20,000 pi (Vaswani,
-    3.5)."""
+    """(length, width): sin, cos of the position, wavelengths 2 pi to 20,000 pi (Vaswani, 3.5)."""
     frequency = 10000 ** (-torch.arange(0, width, 2) / width)  # (width / 2,)
     angle = torch.arange(length)[:, None] * frequency  # (length, width / 2)
     return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1)[:, :width]
@@ -166,8 +169,7 @@ def rotate(x, turn):
 
 
 class KVCache:
-    """The keys and values of all tokens so far, of one attention layer, so that none is computed
-    twice."""
+    """One attention layer's keys and values of all tokens so far: none is computed twice."""
 
     def __init__(self, block_size: int):
         self.block_size, self.length = block_size, 0
@@ -176,7 +178,7 @@ class KVCache:
         """key, value (B, nh, T, hd) of T new tokens -> those of all tokens so far."""
         if self.length == 0:
             B, nh, _, hd = key.shape
-            dtype = torch.float32 if key.device.type == "cpu" else key.dtype  # a single query is fastest in it
+            dtype = torch.float32 if key.device.type == "cpu" else key.dtype  # fastest for 1 query
             self.keys = key.new_empty(B, nh, self.block_size, hd, dtype=dtype)
             self.values = key.new_empty(B, nh, self.block_size, value.size(-1), dtype=dtype)
         end = self.length + key.size(2)
@@ -186,15 +188,16 @@ class KVCache:
 
 
 class Attention(nn.Module):
-    """Multi-head causal self-attention: each head compares positions in its own way (Vaswani,
-    3.2.2)."""
+    """Multi-head causal self-attention: each head compares in its own way (Vaswani, 3.2.2)."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.n_head, self.dropout = config.n_head, config.dropout
-        self.widths = [config.n_head * width for width in (config.key_width, config.key_width, config.value_width)]
-        self.qkv = nn.Linear(config.n_embd, sum(self.widths), bias=config.bias)  # three maps in one product
-        self.qkv.weight.maps = 3 if config.value_width == config.key_width else 1  # for the optimizer, see Muon
+        self.widths = [config.n_head * width for width in (
+            config.key_width, config.key_width, config.value_width
+        )]
+        self.qkv = nn.Linear(config.n_embd, sum(self.widths), bias=config.bias)  # three maps in one
+        self.qkv.weight.maps = 3 if config.value_width == config.key_width else 1  # for Muon, below
         self.proj = nn.Linear(self.widths[2], config.n_embd, bias=config.bias)
 
     def forward(self, x, turn=None, cache: KVCache | None = None):
@@ -214,8 +217,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two linear layers and a non-linearity, the same at every position: C -> n_ff -> C (Vaswani,
-    3.3)."""
+    """Two linear layers and a non-linearity, the same everywhere: C -> n_ff -> C (Vaswani, 3.3)."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -236,11 +238,12 @@ class Block(nn.Module):
         super().__init__()
         self.config = config
         self.attn, self.attn_norm = Attention(config), make_norm(config)
-        self.mlp, self.mlp_norm = (FeedForward(config), make_norm(config)) if config.ff_width else (None, None)
+        self.mlp, self.mlp_norm = (
+            (FeedForward(config), make_norm(config)) if config.ff_width else (None, None)
+        )
 
     def add(self, x, sublayer, norm):
-        """x + sublayer(norm(x)), GPT-2's pre-norm; or post-norm, norm(x + sublayer(x)); or without
-        the x +."""
+        """GPT-2's pre-norm x + sublayer(norm(x)); post-norm norm(x + sublayer(x)); or no x +."""
         y = sublayer(norm(x) if self.config.norm == "pre" else x)
         y = x + y if self.config.residual else y
         return norm(y) if self.config.norm == "post" else y
@@ -251,8 +254,7 @@ class Block(nn.Module):
 
 
 def make_norm(config: GPTConfig):
-    """LayerNorm: at each position mean 0 and variance 1 over the C numbers, then a learned scale
-    and shift."""
+    """LayerNorm: a position's C numbers get mean 0, variance 1, then a learned scale and shift."""
     return nn.LayerNorm(config.n_embd, bias=config.bias) if config.norm != "none" else nn.Identity()
 
 
@@ -271,34 +273,36 @@ class GPT(nn.Module):
         if config.pos == "learned":
             self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
         elif config.pos == "sinusoidal":
-            self.register_buffer("positions", sinusoids(config.block_size, config.n_embd), persistent=False)
+            self.register_buffer(
+                "positions", sinusoids(config.block_size, config.n_embd), persistent=False
+            )
         elif config.pos == "rotary":
             table = sinusoids(config.block_size, config.key_width)  # sin, cos, sin, cos, ...
-            self.register_buffer("turns", torch.stack((table[:, 1::2], table[:, ::2])), persistent=False)
+            self.register_buffer(
+                "turns", torch.stack((table[:, 1::2], table[:, ::2])), persistent=False
+            )
         self.drop = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = make_norm(config) if config.norm == "pre" else nn.Identity()
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.apply(self.init_weights)
         for name, weight in self.named_parameters():
-            if name.endswith(("proj.weight", "down.weight")):  # these add to the residual stream, 2 per block
+            if name.endswith(("proj.weight", "down.weight")):  # 2 per block, added to the stream
                 nn.init.normal_(weight, std=0.02 / math.sqrt(2 * config.n_layer))  # (GPT-2, 2.3)
         if config.tie:
             self.head.weight = self.token_embedding.weight
 
     @staticmethod
     def init_weights(module):
-        """GPT-2's normal distribution of std 0.02; embeddings of std 0.05, with which tokens differ
-        enough from the first step on (character model, 160 steps: validation loss 1.89 instead of
-        1.93)."""
+        """GPT-2's normal distribution of std 0.02; embeddings of std 0.05, so that tokens differ
+        enough from the first step (character model, 160 steps: validation loss 1.89, not 1.93)."""
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=0.05 if isinstance(module, nn.Embedding) else 0.02)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
     def hidden(self, idx, cache: list[KVCache] | None = None):
-        """idx (B, T) int64 -> (B, T, C), the stream after the last norm. With a cache, idx are the
-        new tokens."""
+        """idx (B, T) int64, with a cache the new tokens -> (B, T, C), after the last norm."""
         start = cache[0].length if cache else 0
         end = start + idx.size(1)
         if end > self.config.block_size:
@@ -315,8 +319,7 @@ class GPT(nn.Module):
         return self.norm(x)
 
     def forward(self, idx, targets=None):
-        """idx (B, T) int64 -> logits (B, T, V), and the mean loss when targets (B, T) are given,
-        else None.
+        """idx (B, T) int64 -> logits (B, T, V), and the mean loss, or None without targets (B, T).
 
         targets[b, t] is the token that follows idx[b, t]; where it is -100 nothing is asked.
         Raises ValueError where T exceeds block_size.
@@ -335,7 +338,7 @@ Model, Config, NAME = GPT, GPTConfig, "gpt"
 # --------------------------------------------------------------------------------------------------
 
 SPECIAL_TOKENS = ["<|endoftext|>"]
-SEPARATOR = "<|endoftext|>"  # stands before the first document, between documents and after the last
+SEPARATOR = "<|endoftext|>"  # before the first document, between documents and after the last
 
 
 @dataclass
@@ -345,17 +348,19 @@ class ObjectiveConfig:
 
 def rows_per_epoch(corpus, config: Config, objective: ObjectiveConfig) -> int:
     """How many windows the training part has. Raises ValueError where it is too short for one."""
-    if len(corpus.train) <= config.block_size:
+    if len(corpus.train) <= config.block_size or len(corpus.validation) < 2:
         raise ValueError(
-            f"the text is too short: {len(corpus.train)} tokens to train on do not fill a window of "
-            f"{config.block_size}; give more text or a smaller --block_size"
+            f"the text is too short: {len(corpus.train)} tokens to train on and "
+            f"{len(corpus.validation)} to validate do not fill windows of {config.block_size}; "
+            f"give more text or a smaller --block_size"
         )
-    return max((len(corpus.train) - 1) // config.block_size - 1, 1)  # one less, so that the offset is free
+    return max((len(corpus.train) - 1) // config.block_size - 1, 1)  # one less: the offset is free
 
 
-def train_batch(corpus, config: Config, objective: ObjectiveConfig, seed: int, step: int, rows: int) -> dict:
-    """The batch of a step: idx and targets, (rows, block_size) int64. It depends on (seed, step)
-    alone.
+def train_batch(
+    corpus, config: Config, objective: ObjectiveConfig, seed: int, step: int, rows: int
+) -> dict:
+    """A step's batch: idx and targets, (rows, block_size) int64. It depends on (seed, step) alone.
 
     An epoch lays windows end to end from a random offset and takes each once, in random order.
     """
@@ -372,8 +377,7 @@ def train_batch(corpus, config: Config, objective: ObjectiveConfig, seed: int, s
 def eval_batches(corpus, config: Config, objective: ObjectiveConfig, rows: int):
     """The whole validation part, in windows that do not overlap; each token is a target once.
 
-    Yields idx and targets (rows, block_size), and `bytes` (rows,): how much text the row's targets
-    spell.
+    Yields idx and targets (rows, block_size), and the `bytes` (rows,) that the row's targets spell.
     """
     from data import sliding_windows
 
@@ -382,24 +386,24 @@ def eval_batches(corpus, config: Config, objective: ObjectiveConfig, rows: int):
         part = corpus.validation[start : start + rows * T + 1]  # the last token is a target only
         idx, targets = sliding_windows(part, T, T, pad_id=0)
         spelled = np.where(targets >= 0, corpus.token_bytes[targets], 0).sum(axis=1)
-        yield {k: torch.from_numpy(v) for k, v in dict(idx=idx, targets=targets, bytes=spelled).items()}
+        yield {
+            k: torch.from_numpy(v) for k, v in dict(idx=idx, targets=targets, bytes=spelled).items()
+        }
 
 
 class CrossEntropy(torch.autograd.Function):
-    """The sum of -log softmax(logits)[target] over rows, for logits (N, V) and targets (N,), -100
-    for none.
+    """The sum of -log softmax(logits)[target] over logits (N, V), targets (N,); -100 for none.
 
-    Its gradient is softmax(logits) - onehot(target), so the probabilities are turned into it right
-    away, in the logits' own type: `F.cross_entropy` goes over N x V numbers in float32 three times
-    more.
+    Its gradient is softmax(logits) - onehot(target), so the probabilities become it right away, in
+    the logits' own type: `F.cross_entropy` goes over N x V numbers in float32 three times more.
     """
 
     @staticmethod
     def forward(ctx, logits, targets):
         asked = (targets >= 0).unsqueeze(1)  # (N, 1)
         target = targets.clamp(min=0).unsqueeze(1)  # (N, 1)
-        gradient = F.softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))  # (N, V)
-        likelihood = gradient.gather(1, target).clamp(min=torch.finfo(gradient.dtype).tiny)  # (N, 1)
+        gradient = F.softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+        likelihood = gradient.gather(1, target).clamp(min=torch.finfo(gradient.dtype).tiny)
         gradient.scatter_add_(1, target, -torch.ones_like(likelihood))
         if not asked.all():
             gradient.mul_(asked)
@@ -420,7 +424,9 @@ def loss_sum(model: GPT, batch: dict):
     logits = model(batch["idx"])[0].flatten(0, 1)  # (B * T, V)
     loss = CrossEntropy.apply(logits, batch["targets"].flatten())
     weight = (batch["targets"] != -100).sum()
-    metrics = {"bits_per_byte": (loss.detach() / math.log(2), batch["bytes"].sum())} if "bytes" in batch else {}
+    metrics = {
+        "bits_per_byte": (loss.detach() / math.log(2), batch["bytes"].sum())
+    } if "bytes" in batch else {}
     return loss, weight, metrics
 
 
@@ -430,10 +436,11 @@ def count_tokens(batch: dict) -> int:
 
 
 def count_flops(model: GPT, batch: dict) -> float:
-    """Floating-point operations of a training step: per token 2 forward and 4 backward for each
-    weight of a matrix product, and as many for each number in attention's two (Kaplan et al. 2020,
-    section 2.1)."""
-    weights = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
+    """Floating-point operations of a step: per token 2 forward and 4 backward for each weight of a
+    matrix product, and as many for each number in attention's two (Kaplan et al. 2020, 2.1)."""
+    weights = sum(
+        module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear)
+    )
     width = model.config.n_head * (model.config.key_width + model.config.value_width)
     return 6 * count_tokens(batch) * (weights + model.config.n_layer * batch["idx"].size(1) * width)
 
@@ -455,20 +462,20 @@ def sample(logits, temperature: float = 1.0, top_k: int | None = None, top_p: fl
     likeliest, token = logits.float().topk(k)  # (B, k), in descending order
     probability = F.softmax(likeliest / temperature, dim=-1)
     if top_p is not None and top_p < 1:
-        before = probability.cumsum(dim=-1) - probability  # of all likelier ones; 0 for the first, which stays
+        before = probability.cumsum(dim=-1) - probability  # of all likelier ones; 0 for the first
         probability = probability.masked_fill(before >= top_p, 0.0)
-    # argmax(p / e) with e from the exponential distribution is token i with probability p_i: of
-    # several clocks, each ticking after a random time at its own rate, the first to tick. (As
-    # torch.multinomial, but faster.)
-    drawn = (probability / torch.empty_like(probability).exponential_()).argmax(dim=-1, keepdim=True)
+    # argmax(p / e), e from the exponential distribution, is token i with probability p_i: of clocks
+    # that run at random, each at its own rate, the first to tick. (torch.multinomial is slower.)
+    drawn = (
+        probability / torch.empty_like(probability).exponential_()
+    ).argmax(dim=-1, keepdim=True)
     return token.gather(-1, drawn)[:, 0]
 
 
 @contextlib.contextmanager
 def fast_product(idx):
-    """Within it, a CPU multiplies the states of the tokens idx (B, T) in the faster of two ways.
-    oneDNN, PyTorch's library for bfloat16 products, rearranges the whole matrix first: for a single
-    vector that triples the time."""
+    """Within it, a CPU multiplies the states of idx (B, T) in the faster of two ways. oneDNN,
+    PyTorch's bfloat16 library, rearranges the matrix first: triple the time for a single vector."""
     before = torch.backends.mkldnn.enabled
     torch.backends.mkldnn.enabled = before and idx.numel() > 1
     try:
@@ -479,18 +486,17 @@ def fast_product(idx):
 
 @torch.no_grad()
 def generate(
-    model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop=None, use_cache=True, on_token=None
+    model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None,
+    stop=None, use_cache=True, on_token=None,
 ):
     """Continue each row of idx (B, T) int64, T >= 1, by max_new_tokens -> (B, T + n).
 
     temperature, top_k, top_p: see `sample`. stop: a token id; a row that has produced it is filled
     up with it, and when all rows have, generation ends (n < max_new_tokens). on_token(column (B,))
-    is called with each new token. use_cache=False computes everything anew at each token: slow, and
-    the same result.
+    is called with each new token. use_cache=False computes all anew each time: slow, same result.
 
     When the context is full, its older half is dropped and the rest computed again: learned
-    positions belong to places in the window, so the cached keys would be wrong once the window
-    moves.
+    positions belong to places in the window, so cached keys are wrong once the window moves.
     """
     model.eval()  # no dropout
     (B, T), block_size = idx.shape, model.config.block_size
@@ -527,31 +533,40 @@ class GenerateConfig:
     """What to write, and how freely."""
 
     prompt: str = ""  # the text to continue; without it, a new document
-    max_new_tokens: int = 300  # how many tokens at most
+    max_new_tokens: int = 500  # how many tokens at most
     temperature: float = 0.8  # above 1 more daring, below 1 safer, 0 always the likeliest
     top_k: int = 50  # choose among the k likeliest tokens (0: among all)
     top_p: float = 1.0  # choose among the likeliest tokens that together have this probability
     num_samples: int = 1  # how many texts
 
     def __post_init__(self):
-        if self.max_new_tokens < 1 or self.num_samples < 1 or self.temperature < 0 or self.top_k < 0:
-            raise ValueError("max_new_tokens and num_samples have to be at least 1, temperature and top_k at least 0")
+        if (
+            self.max_new_tokens < 1 or self.num_samples < 1
+            or self.temperature < 0 or self.top_k < 0
+        ):
+            raise ValueError(
+                "max_new_tokens and num_samples have to be at least 1, "
+                "temperature and top_k at least 0"
+            )
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p {self.top_p} is not between 0 and 1")
 
 
-def continuations(model: GPT, tokenizer, documents: int, options: GenerateConfig, on_text=None) -> list[str]:
+def continuations(
+    model: GPT, tokenizer, documents: int, options: GenerateConfig, on_text=None
+) -> list[str]:
     """The texts: the prompt and what follows it, up to the end of the document.
 
-    documents: of the corpus trained on; with more than one, a prompt is the beginning of a
-    document. on_text(part) is called with the parts of the first text as they come. Raises
-    ValueError for a prompt that does not fit into the context.
+    documents: of the corpus trained on; with several, a prompt begins one. on_text(part) is called
+    with the first text's parts as they come. Raises ValueError for a prompt beyond the context.
     """
     end = tokenizer.special[SEPARATOR]
     ids = ([end] if documents > 1 else []) + tokenizer.encode(options.prompt)
     ids = ids or tokenizer.encode("\n")
     if len(ids) > model.config.block_size:
-        raise ValueError(f"the prompt has {len(ids)} tokens, the context {model.config.block_size}: shorten it")
+        raise ValueError(
+            f"the prompt has {len(ids)} tokens, the context {model.config.block_size}: shorten it"
+        )
     if on_text is not None:
         on_text(options.prompt)
     decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a token may end inside a character
@@ -562,8 +577,11 @@ def continuations(model: GPT, tokenizer, documents: int, options: GenerateConfig
 
     idx = torch.tensor([ids] * options.num_samples, device=next(model.parameters()).device)
     tokens = model.generate(
-        idx, options.max_new_tokens, options.temperature, options.top_k or None, options.top_p, stop=end, on_token=show
+        idx, options.max_new_tokens, options.temperature, options.top_k or None, options.top_p,
+        stop=end, on_token=show,
     )
+    if on_text is not None:
+        on_text(decoder.decode(b"", final=True))
     rows = tokens[:, len(ids) :].tolist()
     ended = [row[: row.index(end)] if end in row else row for row in rows]
     return [options.prompt + tokenizer.decode(row) for row in ended]
@@ -571,15 +589,18 @@ def continuations(model: GPT, tokenizer, documents: int, options: GenerateConfig
 
 def demonstrate(model: GPT, corpus, length: int) -> str:
     """A sample for the log."""
-    return continuations(model, corpus.tokenizer, corpus.documents, GenerateConfig(max_new_tokens=length))[0]
+    return continuations(
+        model, corpus.tokenizer, corpus.documents, GenerateConfig(max_new_tokens=length)
+    )[0]
 
 
 def write_samples(model: GPT, checkpoint: dict, options: GenerateConfig) -> None:
-    """What `generate` prints on standard output: one text as it is written, several when they are
-    done."""
+    """What `generate` prints on standard output: one text as it comes, several when done."""
     tokenizer, documents = checkpoint["tokenizer"], checkpoint["documents"]
     if options.num_samples == 1:
-        continuations(model, tokenizer, documents, options, lambda part: print(part, end="", flush=True))
+        continuations(
+            model, tokenizer, documents, options, lambda part: print(part, end="", flush=True)
+        )
         print()
     else:
         print("\n\n".join(continuations(model, tokenizer, documents, options)))
@@ -589,7 +610,9 @@ def generate_speeds(model: GPT) -> dict[str, float]:
     """Tokens per second: one sequence, and 32 together; 8 tokens are continued by 120."""
     speeds = {}
     for key, rows in ("generate_tokens_per_second", 1), ("generate_batch_tokens_per_second", 32):
-        idx = torch.randint(model.config.vocab_size, (rows, 8), device=next(model.parameters()).device)
+        idx = torch.randint(
+            model.config.vocab_size, (rows, 8), device=next(model.parameters()).device
+        )
         times = []
         for _ in range(4):
             start = time.perf_counter()
@@ -641,7 +664,10 @@ class TrainConfig(RunConfig):
         for name in ("max_steps", "batch_size", "grad_accum", "log_interval", "eval_interval"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} has to be at least 1")
-        for name in ("epochs", "lr", "matrix_lr", "weight_decay", "warmup_steps", "grad_clip", "snapshot_interval"):
+        for name in (
+            "epochs", "lr", "matrix_lr", "weight_decay",
+            "warmup_steps", "grad_clip", "snapshot_interval",
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name} cannot be negative")
 
@@ -664,12 +690,11 @@ def orthogonalize(matrices, steps: int = 5):
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon for the matrices inside the blocks, AdamW for all else: one optimizer, so that one
-    overflow skips both.
+    """Muon for the blocks' matrices, AdamW for all else: one optimizer, so one overflow skips both.
 
     AdamW steps by a fixed size in each *number*; Muon, in each *direction* of a matrix: it takes
-    the momentum of the gradient and makes all its singular values 1, so that rare directions are
-    learned as fast as common ones. Matrices of equal shape are stacked and handled in one product.
+    the gradient's (Nesterov) momentum and makes all its singular values 1, so that rare directions
+    are learned as fast as common ones. Matrices of equal shape are stacked, for one product.
     """
 
     def __init__(self, model: nn.Module, run: TrainConfig, dtype: torch.dtype):
@@ -677,16 +702,19 @@ class Muon(torch.optim.Optimizer):
         kinds = {}  # (kind, shape) -> parameters
         for name, p in model.named_parameters():
             if run.optimizer == "muon" and p.ndim == 2 and "blocks." in name:
-                kinds.setdefault(("muon", (len(p) // getattr(p, "maps", 1), p.size(1))), []).append(p)
+                kinds.setdefault(
+                    ("muon", (len(p) // getattr(p, "maps", 1), p.size(1))), []
+                ).append(p)
             else:
                 kinds.setdefault(("adamw", p.ndim >= 2), []).append(p)
         groups = []
         for (kind, detail), params in kinds.items():
             highest = run.matrix_lr if kind == "muon" else run.lr
             decay = run.weight_decay if detail else 0.0  # biases and norms do not decay
-            groups.append(
-                dict(params=params, kind=kind, shape=detail, lr=highest, highest_lr=highest, weight_decay=decay)
-            )
+            groups.append(dict(
+                params=params, kind=kind, shape=detail,
+                lr=highest, highest_lr=highest, weight_decay=decay,
+            ))
         super().__init__(groups, {})
 
     @torch.no_grad()
@@ -698,41 +726,35 @@ class Muon(torch.optim.Optimizer):
         params, lr, (rows, cols) = group["params"], group["lr"], group["shape"]
         gradient = torch.cat([p.grad.view(-1, rows, cols) for p in params])  # (n, rows, cols)
         state = self.state[params[0]]  # of the whole stack
-        average = state.setdefault("momentum", torch.zeros_like(gradient)).lerp_(gradient, 1 - momentum)
-        update = orthogonalize(gradient.lerp(average, momentum).to(self.dtype)).to(gradient.dtype)  # (Nesterov)
+        average = state.setdefault("momentum", torch.zeros_like(gradient)).lerp_(
+            gradient, 1 - momentum
+        )
+        update = orthogonalize(gradient.lerp(average, momentum).to(self.dtype)).to(gradient.dtype)
         lr_of_shape = lr * max(1, rows / cols) ** 0.5
         for p, direction in zip(params, update.split([len(p) // rows for p in params])):
-            p.mul_(1 - lr * group["weight_decay"]).sub_(direction.reshape(p.shape), alpha=lr_of_shape)
+            p.mul_(1 - lr * group["weight_decay"]).sub_(
+                direction.reshape(p.shape), alpha=lr_of_shape
+            )
 
     def step_adamw(self, group, betas=(0.9, 0.95), eps: float = 1e-8):
-        """p -= lr * (mean of g) / (root of the mean of g^2), means over the last steps (Kingma & Ba
-        2015)."""
+        """p -= lr * (mean of g) / (root of mean g^2), means of recent steps (Kingma & Ba 2015)."""
         params, states = group["params"], [self.state[p] for p in group["params"]]
         for p, state in zip(params, states):
             if not state:
                 state.update(
-                    count=torch.zeros((), device=p.device), mean=torch.zeros_like(p), square=torch.zeros_like(p)
+                    count=torch.zeros((), device=p.device),
+                    mean=torch.zeros_like(p), square=torch.zeros_like(p),
                 )
-        adamw(
-            params,
-            [p.grad for p in params],
-            [state["mean"] for state in states],
-            [state["square"] for state in states],
-            [],
-            [state["count"] for state in states],
-            fused=True,  # all in one kernel
-            amsgrad=False,
-            maximize=False,
-            beta1=betas[0],
-            beta2=betas[1],
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=eps,
+        adamw(  # fused: all in one kernel
+            params, [p.grad for p in params], [state["mean"] for state in states],
+            [state["square"] for state in states], [], [state["count"] for state in states],
+            fused=True, amsgrad=False, maximize=False, beta1=betas[0], beta2=betas[1],
+            lr=group["lr"], weight_decay=group["weight_decay"], eps=eps,
         )
 
 
 def schedule(step: int, run: TrainConfig) -> float:
-    """The share of the highest learning rate at a step (from 0): up in a line, then down to zero."""
+    """The share of the highest learning rate at a step (from 0): up in a line, down to zero."""
     if step < run.warmup_steps:
         return (step + 1) / (run.warmup_steps + 1)
     left = (run.max_steps - step) / max(run.max_steps - run.warmup_steps, 1)  # from 1 down to 0
@@ -740,8 +762,7 @@ def schedule(step: int, run: TrainConfig) -> float:
 
 
 def update(model, batch: dict, optimizer, scaler, autocast, run: TrainConfig) -> torch.Tensor:
-    """One optimizer step; the batch is computed in parts of run.batch_size rows. Returns the loss
-    per token."""
+    """One optimizer step, computed in parts of run.batch_size rows. Returns the loss per token."""
     model.train()
     rows = len(next(iter(batch.values())))
     device = next(model.parameters()).device
@@ -753,8 +774,7 @@ def update(model, batch: dict, optimizer, scaler, autocast, run: TrainConfig) ->
         scaler.scale(part_loss / rows).backward()
         loss, weight = loss + part_loss.detach(), weight + part_weight
     scaler.unscale_(optimizer)
-    # Only now the weight of the whole batch is known: from the sum per row to the mean per token;
-    # then clip.
+    # Only now is the whole batch's weight known: from the sum per row to the mean per token; clip.
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     factor = rows / weight
     if run.grad_clip:
@@ -776,7 +796,9 @@ def evaluate(model, batches, autocast) -> dict[str, float]:
     sums = {}
     for batch in batches:
         with autocast:
-            loss, weight, metrics = loss_sum(model, {name: tensor.to(device) for name, tensor in batch.items()})
+            loss, weight, metrics = loss_sum(
+                model, {name: tensor.to(device) for name, tensor in batch.items()}
+            )
         for name, (over, under) in {"val_loss": (loss, weight), **metrics}.items():
             total = sums.setdefault(name, [0.0, 0.0])
             total[0] += float(over)
@@ -791,7 +813,10 @@ class Trainer:
     had never been stopped, and a checkpoint has to hold no generator's state.
     """
 
-    def __init__(self, run: TrainConfig, config: Config, objective: ObjectiveConfig, checkpoint: dict | None = None):
+    def __init__(
+        self, run: TrainConfig, config: Config, objective: ObjectiveConfig,
+        checkpoint: dict | None = None,
+    ):
         """checkpoint: what `data.load_checkpoint` read. With --init_from resume the run goes on
         from its step; otherwise only its weights and tokenizer are taken."""
         import data
@@ -802,13 +827,17 @@ class Trainer:
         if self.device.type == "cpu":
             data.keep_freed_memory()
         tokenizer = checkpoint["tokenizer"] if checkpoint else None
-        self.corpus = data.prepare(run.data, config.vocab_size, SPECIAL_TOKENS, SEPARATOR, tokenizer)
+        self.corpus = data.prepare(
+            run.data, config.vocab_size, SPECIAL_TOKENS, SEPARATOR, tokenizer
+        )
         self.config = replace(config, vocab_size=self.corpus.tokenizer.vocab_size)
         self.objective = objective
         self.rows = run.batch_size * run.grad_accum
         epoch = rows_per_epoch(self.corpus, self.config, objective)
         steps = max(math.ceil(run.epochs * epoch / self.rows), 1) if run.epochs else run.max_steps
-        self.run = run = replace(run, max_steps=steps, epochs=0.0, dtype=str(self.dtype).removeprefix("torch."))
+        self.run = run = replace(
+            run, max_steps=steps, epochs=0.0, dtype=str(self.dtype).removeprefix("torch.")
+        )
 
         torch.manual_seed(run.seed)
         self.model = Model(self.config).to(self.device)
@@ -820,15 +849,14 @@ class Trainer:
             self.model.load_state_dict(checkpoint["model"])
             if run.init_from == "resume":
                 self.step, self.best = checkpoint["step"], checkpoint["best_loss"]
-                groups = self.optimizer.state_dict()["param_groups"]  # as the flags say now, not as they said then
+                groups = self.optimizer.state_dict()["param_groups"]  # as the flags say now
                 self.optimizer.load_state_dict(checkpoint["optimizer"] | {"param_groups": groups})
                 self.scaler.load_state_dict(checkpoint["scaler"])
         self.compiled = torch.compile(self.model) if run.compile else self.model
         self.log = data.RunLog(self.out_dir, self.step if run.init_from == "resume" else None)
 
     def train(self) -> bool:
-        """Train until max_steps; False if Ctrl-C stopped it before. Either way ckpt.pt holds the
-        last state."""
+        """Train to max_steps; False if Ctrl-C came first. Either way ckpt.pt is up to date."""
         from data import interrupts
 
         run = self.run
@@ -855,23 +883,28 @@ class Trainer:
         return self.step >= run.max_steps
 
     def train_step(self) -> tuple[torch.Tensor, int]:
-        """One optimizer step on this step's batch; returns its loss per token and how many tokens
-        it read."""
+        """One step on its batch; returns the loss per token and how many tokens it read."""
         run = self.run
         for group in self.optimizer.param_groups:
             group["lr"] = group["highest_lr"] * schedule(self.step, run)
         torch.manual_seed(hash((run.seed, self.step)))  # for dropout
-        batch = train_batch(self.corpus, self.config, self.objective, run.seed, self.step, self.rows)
-        return update(self.compiled, batch, self.optimizer, self.scaler, self.autocast, run), count_tokens(batch)
+        batch = train_batch(
+            self.corpus, self.config, self.objective, run.seed, self.step, self.rows
+        )
+        return (
+            update(self.compiled, batch, self.optimizer, self.scaler, self.autocast, run),
+            count_tokens(batch),
+        )
 
     def evaluate_and_save(self) -> None:
-        """Evaluate, log, show a sample; keep the weights if they are the best so far; save the
-        state."""
+        """Evaluate, log, show a sample; keep the weights if the best so far; save the state."""
         batches = eval_batches(self.corpus, self.config, self.objective, self.run.batch_size)
         found = evaluate(self.model, batches, self.autocast)
         self.check(found["val_loss"], self.step)
         self.log.write(step=self.step, **found)
-        self.log.say("  ".join([f"step {self.step}", *(f"{name} {value:.4f}" for name, value in found.items())]))
+        self.log.say("  ".join(
+            [f"step {self.step}", *(f"{name} {value:.4f}" for name, value in found.items())]
+        ))
         if self.step < self.run.max_steps:
             self.log.say(*("    " + line for line in self.show(40).splitlines() if line))
         if found["val_loss"] < self.best:
@@ -889,7 +922,7 @@ class Trainer:
             return demonstrate(self.model, self.corpus, length)
 
     def report(self, pending: list) -> None:
-        """Log the mean loss since the last report. Raises ValueError when the run has come apart."""
+        """Log the mean loss since the last report. Raises ValueError if the run has come apart."""
         run = self.run
         losses = torch.stack([loss for loss, _ in pending]).tolist()  # (waits for the device)
         seconds, self.since = time.perf_counter() - self.since, time.perf_counter()
@@ -908,13 +941,13 @@ class Trainer:
         """Raises ValueError for a loss that is no number any more."""
         if not math.isfinite(loss):
             raise ValueError(
-                f"the loss became {loss} at step {step}; the last good checkpoint is kept in {self.out_dir}. "
-                f"Try half the --lr and --matrix_lr, a longer --warmup_steps, or --dtype float32"
+                f"the loss became {loss} at step {step}; the last good checkpoint is kept "
+                f"in {self.out_dir}. Try half the --lr and --matrix_lr, a longer --warmup_steps, "
+                "or --dtype float32"
             )
 
     def begin(self) -> None:
-        """Say what is about to happen; write run.json, tokenizer.json and, for a new run, the first
-        ckpt.pt."""
+        """Say what comes; write run.json, tokenizer.json and, for a new run, the first ckpt.pt."""
         from data import replacing
 
         corpus, config, run = self.corpus, self.config, self.run
@@ -923,8 +956,9 @@ class Trainer:
         corpus.tokenizer.save(self.out_dir / "tokenizer.json")
         weights = sum(p.numel() for p in self.model.parameters())
         self.log.say(
-            f"data: {run.data}, {corpus.documents:,} document{'s' * (corpus.documents != 1)}; {len(corpus.train):,} tokens "
-            f"to train on, {len(corpus.validation):,} to validate; vocabulary of {config.vocab_size:,}",
+            f"data: {run.data}, {corpus.documents:,} document{'s' * (corpus.documents != 1)}; "
+            f"{len(corpus.train):,} tokens to train on, {len(corpus.validation):,} to validate; "
+            f"vocabulary of {config.vocab_size:,}",
             f"model: {weights / 1e6:.2f} million parameters, on {self.device.type} in {run.dtype}; "
             f"{run.max_steps:,} steps of {self.rows} sequences",
         )
@@ -932,22 +966,17 @@ class Trainer:
             self.log.say(f"resumed at step {self.step}")
         else:
             self.save("ckpt.pt")
+        if run.init_from == "scratch":
             (self.out_dir / "best.pt").unlink(missing_ok=True)  # of an earlier run
 
     def save(self, name: str, weights_only: bool = False) -> None:
-        """Write a checkpoint into out_dir: tensors and plain types only. The old one stays until it
-        is whole."""
+        """Write a checkpoint: tensors and plain types only. The old one stays until it is whole."""
         from data import replacing
 
         state = dict(
-            name=NAME,
-            step=self.step,
-            best_loss=self.best,
-            config=asdict(self.config),
-            objective=asdict(self.objective),
-            run=asdict(self.run),
-            documents=self.corpus.documents,
-            model=self.model.state_dict(),
+            name=NAME, step=self.step, best_loss=self.best,
+            config=asdict(self.config), objective=asdict(self.objective), run=asdict(self.run),
+            documents=self.corpus.documents, model=self.model.state_dict(),
         )
         if not weights_only:
             state |= dict(optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict())
@@ -977,24 +1006,33 @@ def train_command(settings: dict, given: dict) -> int:
         folder = Path(settings["out_dir"])
         if init_from == "resume" and not (folder / "ckpt.pt").exists():
             raise ValueError(
-                f"nothing to resume in {folder}: no ckpt.pt; train with --init_from scratch, or set --out_dir"
+                f"nothing to resume in {folder}: no ckpt.pt; "
+                "train with --init_from scratch, or set --out_dir"
             )
         path = folder / "ckpt.pt" if init_from == "resume" else init_from
         checkpoint, _ = data.load_checkpoint(path, NAME, lambda config: Model(Config(**config)))
         for name, value in checkpoint["config"].items():
             if name in given and given[name] != value and name != "dropout":
-                raise ValueError(f"--{name} {given[name]} does not fit the checkpoint, which has {value}: leave it out")
+                raise ValueError(
+                    f"--{name} {given[name]} does not fit the checkpoint, "
+                    f"which has {value}: leave it out"
+                )
         settings |= checkpoint["config"] | {k: v for k, v in given.items() if k == "dropout"}
         if init_from == "resume":
             settings |= checkpoint["objective"] | checkpoint["run"] | given
-    config, objective, run = (data.build(cls, settings) for cls in (Config, ObjectiveConfig, TrainConfig))
+            settings["out_dir"] = str(folder)  # also when it has been moved since
+    config, objective, run = (
+        data.build(cls, settings) for cls in (Config, ObjectiveConfig, TrainConfig)
+    )
     trainer = Trainer(run, config, objective, checkpoint)
     again = "" if run.out_dir == f"out/{NAME}" else f" --out_dir {run.out_dir}"
     if not trainer.train():
-        trainer.log.say(f"stopped at step {trainer.step}. To go on: python {NAME}.py --init_from resume{again}")
+        trainer.log.say(
+            f"stopped at step {trainer.step}. To go on: python {NAME}.py --init_from resume{again}"
+        )
         return 130
     trainer.log.say(
-        *("", trainer.show(300).strip(), ""),
+        *("", trainer.show(400).strip(), ""),
         f"Done: {run.out_dir} holds the checkpoints, log.jsonl and loss.svg. Try next:",
         f"  python {NAME}.py generate{again}",
         f"  python {NAME}.py eval{again}",
@@ -1007,7 +1045,9 @@ def load_model(load: RunConfig):
     """(model, checkpoint, device, dtype): the weights that --init_from or --out_dir name."""
     import data
 
-    paths = [load.init_from] if load.init_from else [Path(load.out_dir) / name for name in ("best.pt", "ckpt.pt")]
+    paths = [load.init_from] if load.init_from else [
+        Path(load.out_dir) / name for name in ("best.pt", "ckpt.pt")
+    ]
     path = next((path for path in paths if Path(path).exists()), paths[-1])
     checkpoint, model = data.load_checkpoint(path, NAME, lambda config: Model(Config(**config)))
     data.say(f"{path}: step {checkpoint['step']}")
@@ -1024,7 +1064,9 @@ def eval_command(settings: dict, given: dict) -> int:
     source = options.data or checkpoint["run"]["data"]
     config = Config(**checkpoint["config"])
     objective = data.build(ObjectiveConfig, checkpoint["objective"])
-    corpus = data.prepare(source, config.vocab_size, SPECIAL_TOKENS, SEPARATOR, checkpoint["tokenizer"])
+    corpus = data.prepare(
+        source, config.vocab_size, SPECIAL_TOKENS, SEPARATOR, checkpoint["tokenizer"]
+    )
     batches = eval_batches(corpus, config, objective, options.batch_size)
     row = {"step": checkpoint["step"], **evaluate(model, batches, data.autocast_to(dtype, device))}
     print(json.dumps(row | {"perplexity": math.exp(min(row["val_loss"], 700))}))
@@ -1042,10 +1084,12 @@ def generate_command(settings: dict, given: dict) -> int:
 
 
 def bench_command(settings: dict, given: dict) -> int:
-    """Measure training and generation with random weights on random tokens; print a line of JSON."""
+    """Measure training and generation with random weights and tokens; print a line of JSON."""
     import data
 
-    config, objective, run = (data.build(cls, settings) for cls in (Config, ObjectiveConfig, TrainConfig))
+    config, objective, run = (
+        data.build(cls, settings) for cls in (Config, ObjectiveConfig, TrainConfig)
+    )
     device = data.choose_device(run.device)
     dtype = data.choose_dtype(run.dtype, device)
     if device.type == "cpu":
@@ -1065,7 +1109,10 @@ def bench_command(settings: dict, given: dict) -> int:
     seconds = statistics.median(times[2:])  # the first ones warm up
     tokens, gflops = count_tokens(batch), count_flops(model, batch) / seconds / 1e9
     peak = data.matmul_gflops(device, dtype, 1024 if device.type == "cpu" else 8192, seconds=0.5)
-    row = dict(ms_per_step=seconds * 1e3, tokens_per_second=tokens / seconds, gflops=gflops, matmul_gflops=peak)
+    row = dict(
+        ms_per_step=seconds * 1e3, tokens_per_second=tokens / seconds,
+        gflops=gflops, matmul_gflops=peak,
+    )
     row |= dict(share=gflops / peak, peak_memory_mb=data.peak_memory_mb(device))
     print(json.dumps(row | generate_speeds(model.eval().to(dtype))))
     return 0
@@ -1080,8 +1127,7 @@ COMMANDS = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; the exit status: 0 done, 2 the user's mistake (one line says which), 130
-    Ctrl-C."""
+    """Run a command; exit status: 0 done, 2 the user's mistake (a line says which), 130 Ctrl-C."""
     try:
         from data import parse_command
 
@@ -1098,7 +1144,10 @@ def main(arguments: list[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if error.name not in ("bpe", "data"):
             raise
-        print(f"error: {error.name}.py is missing: put bpe.py and data.py beside {NAME}.py", file=sys.stderr)
+        print(
+            f"error: {error.name}.py is missing: put bpe.py and data.py beside {NAME}.py",
+            file=sys.stderr,
+        )
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
     return 2

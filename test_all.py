@@ -60,14 +60,16 @@ MIXED = "Don't we'll  go!\n\n\tIt's 3.14, naïve — 你好 мир १२ x² �
 
 def test_splitting_by_hand():
     assert bpe.split_words(MIXED) == [
-        *("Don", "'t", " we", "'ll", " ", " go", "!", "\n\n", "\t", "It", "'s", " 3", ".", "14", ",", " naïve"),
+        *("Don", "'t", " we", "'ll", " ", " go", "!", "\n\n", "\t",
+          "It", "'s", " 3", ".", "14", ",", " naïve"),
         *(" —", " 你好", " мир", " १२", " x", "²", " 𝔘𝔫𝔦", " 🙂", "\u3000", "end", " \x1c'", "S", " "),
     ]
 
 
 def slow_merges(text: str, n: int) -> list[tuple[bytes, bytes]]:
     """BPE as the paper tells it: count all pairs, merge the most frequent, begin again."""
-    rank = {byte: i for i, byte in enumerate(sorted(range(256), key=bpe.byte_alphabet().__getitem__))}
+    rank = {byte: i
+            for i, byte in enumerate(sorted(range(256), key=bpe.byte_alphabet().__getitem__))}
     number = {bytes([byte]): i for byte, i in rank.items()}
     words = [[bytes([byte]) for byte in word.encode()] for word in bpe.split_words(text)]
     merges = []
@@ -87,7 +89,8 @@ def slow_merges(text: str, n: int) -> list[tuple[bytes, bytes]]:
     return merges
 
 
-@pytest.mark.parametrize("text", ["low lower lowest newer newest wider", "aaaa aaa aa abab ababab baab", MIXED * 3])
+@pytest.mark.parametrize(
+    "text", ["low lower lowest newer newest wider", "aaaa aaa aa abab ababab baab", MIXED * 3])
 def test_merges_equal_the_slow_loop(text):
     tok = bpe.Tokenizer.train(text, 256 + 30)
     learned = [(tok.spelling[ord(pair[0])], tok.spelling[ord(pair[1])]) for pair in tok.merges]
@@ -97,14 +100,14 @@ def test_merges_equal_the_slow_loop(text):
 
 def test_encoding_equals_merging_one_pair_at_a_time():
     draw = random.Random(0)
-    text = " ".join("".join(draw.choice("aab") for _ in range(draw.randrange(1, 12))) for _ in range(400))
+    text = " ".join("".join(draw.choice("aab") for _ in range(draw.randrange(1, 12)))
+                    for _ in range(400))
     tok = bpe.Tokenizer.train(text, 256 + 60)
     for word in set(bpe.split_words(text)):
         parts = [chr(tok.byte_ids[byte]) for byte in word.encode()]
         while True:
-            ranked = [
-                (tok.merges[a + b][0], i) for i, (a, b) in enumerate(zip(parts, parts[1:])) if a + b in tok.merges
-            ]
+            ranked = [(tok.merges[a + b][0], i)
+                      for i, (a, b) in enumerate(zip(parts, parts[1:])) if a + b in tok.merges]
             if not ranked:
                 break
             i = min(ranked)[1]
@@ -122,7 +125,7 @@ def test_round_trip_of_bytes_and_code_points():
     for start in range(0, len(every), 997):
         text = "".join(every[start : start + 997])
         assert tok.decode(tok.encode(text)) == text
-    assert tok.decode_bytes(tok.encode("\udcff")) == b"\xff"  # how Python gives a broken argument to a program
+    assert tok.decode_bytes(tok.encode("\udcff")) == b"\xff"  # how Python gives a broken argument
     assert tok.decode(tok.encode("\ud800")) == "?"
 
 
@@ -170,10 +173,11 @@ def test_a_word_of_a_million_letters_is_no_trap():
 def test_same_merges_and_ids_as_the_tokenizers_library(tmp_path):
     hf = pytest.importorskip("tokenizers")
     draw = random.Random(2)
-    every = [chr(code) for code in range(0x110000) if unicodedata.category(chr(code)) not in ("Cn", "Cs")]
+    every = [chr(code) for code in range(0x110000)
+             if unicodedata.category(chr(code)) not in ("Cn", "Cs")]
     draw.shuffle(every)
     strange = "".join(draw.choice(["", "", " ", "'", "\n"]) + c for c in every[:30_000])
-    letters = "".join(draw.choice("aab ") for _ in range(5_000))  # many ties, and tokens with two spellings
+    letters = "".join(draw.choice("aab ") for _ in range(5_000))  # ties; tokens with two spellings
     stories = (ROOT / "input.txt").read_text(encoding="utf-8")[:300_000].replace(END, "")
     for text, vocab_size in ((stories, 1500), (strange, 900), (letters, 500)):
         tok = bpe.Tokenizer.train(text, vocab_size, ["<pad>", END])
@@ -182,8 +186,8 @@ def test_same_merges_and_ids_as_the_tokenizers_library(tmp_path):
         theirs.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
         alphabet = hf.pre_tokenizers.ByteLevel.alphabet()
         trainer = hf.trainers.BpeTrainer(
-            vocab_size=vocab_size, special_tokens=["<pad>", END], initial_alphabet=alphabet, show_progress=False
-        )
+            vocab_size=vocab_size, special_tokens=["<pad>", END],
+            initial_alphabet=alphabet, show_progress=False)
         theirs.train_from_iterator([text], trainer)
         learned = json.loads(theirs.to_str())["model"]
         assert tok.to_json()["model"]["merges"] == learned["merges"]
@@ -313,11 +317,13 @@ def test_one_stream_is_split_by_bytes_and_the_cache_is_used(tmp_path, monkeypatc
     (tmp_path / "a.txt").write_text("äbc " * 100, encoding="utf-8")
     corpus = corpus_of(tmp_path / "a.txt")
     train, validation = documents_of(corpus)
-    assert "".join(train + validation) == "äbc " * 100 and len(train) == len(validation) == corpus.documents == 1
+    assert ("".join(train + validation) == "äbc " * 100
+            and len(train) == len(validation) == corpus.documents == 1)
     assert 449 <= corpus.token_bytes[corpus.train].sum() <= 451
     monkeypatch.setattr(bpe.Tokenizer, "from_counts", None)  # a second training would fail
     again = corpus_of(tmp_path / "a.txt")
-    assert np.array_equal(again.train, corpus.train) and again.tokenizer.to_json() == corpus.tokenizer.to_json()
+    assert (np.array_equal(again.train, corpus.train)
+            and again.tokenizer.to_json() == corpus.tokenizer.to_json())
     monkeypatch.undo()
 
 
@@ -330,21 +336,27 @@ def test_pieces_give_the_tokens_of_the_whole(tmp_path, monkeypatch):
         path = tmp_path / f"{len(text)}.txt"
         path.write_text(text, encoding="utf-8")
         whole = corpus_of(path)
-        monkeypatch.setattr(data, "PIECE", 999)
-        monkeypatch.setattr(data, "parallel", map)
-        cut = data.pieces(path, 0, path.stat().st_size)
-        assert len(cut) > 10 and b"".join(path.read_bytes()[a:b] for _, a, b in cut) == path.read_bytes()
-        pieced = data.prepare(str(path), 0, [END], END, tokenizer=whole.tokenizer)
-        monkeypatch.undo()
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        with monkeypatch.context() as small:
+            small.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
+            small.setattr(data, "PIECE", 999)
+            small.setattr(data, "parallel", map)
+            cut = data.pieces(path, 0, path.stat().st_size)
+            assert len(cut) > 10
+            assert b"".join(path.read_bytes()[a:b] for _, a, b in cut) == path.read_bytes()
+            pieced = data.prepare(str(path), 0, [END], END, tokenizer=whole.tokenizer)
         assert np.array_equal(pieced.train, whole.train)
         assert np.array_equal(pieced.validation, whole.validation)
 
 
+def process_number(job):
+    return os.getpid()
+
+
 def test_several_processes_give_the_same(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
-    jobs = list(range(20))
-    assert list(data.parallel(math.factorial, jobs)) == [math.factorial(job) for job in jobs]
+    here, others = os.getpid(), set(data.parallel(process_number, list(range(20))))
+    assert others and here not in others
+    assert list(data.parallel(str, list(range(20)))) == [str(i) for i in range(20)]
 
 
 def test_the_movie_reviews_archive(server, tmp_path, monkeypatch):
@@ -355,7 +367,8 @@ def test_the_movie_reviews_archive(server, tmp_path, monkeypatch):
         "test/pos/0_8.txt": "fine",
     }
     with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as archive:
-        for name, text in {**names, "../train/pos/7_7.txt": "evil", "train/pos/list.txt": "none"}.items():
+        for name, text in {**names, "../train/pos/7_7.txt": "evil",
+                           "train/pos/list.txt": "none"}.items():
             member = tarfile.TarInfo("aclImdb/" + name)
             raw = f"{text} film<br /><br />indeed".encode()
             member.size = len(raw)
@@ -384,10 +397,11 @@ def test_sources_that_cannot_be_used(tmp_path):
     ):
         with pytest.raises(ValueError, match=match):
             corpus_of(tmp_path / name)
-    assert [p for p in (tmp_path / "cache").rglob("*") if p.is_file()] == []  # nothing half-made stays
+    assert [p for p in (tmp_path / "cache").rglob("*") if p.is_file()] == []  # nothing half-made
 
 
-@pytest.mark.parametrize("n, block_size, stride", [(1, 4, 4), (2, 4, 4), (5, 4, 4), (6, 4, 4), (23, 4, 3), (40, 8, 1)])
+@pytest.mark.parametrize("n, block_size, stride", [
+    (1, 4, 4), (2, 4, 4), (5, 4, 4), (6, 4, 4), (23, 4, 3), (40, 8, 1)])
 def test_sliding_windows_lose_nothing(n, block_size, stride):
     tokens = np.arange(100, 100 + n)
     inputs, targets = data.sliding_windows(tokens, block_size, stride, pad_id=7)
@@ -429,13 +443,16 @@ def test_the_log_of_a_resumed_run_and_its_chart(tmp_path):
     log = data.RunLog(tmp_path, resumed_at=50)
     log.write(step=50, val_loss=2.75)
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [0, 10, 20, 30, 40, 50, 50, 50] and rows[-1]["val_loss"] == 2.75
+    assert ([row["step"] for row in rows] == [0, 10, 20, 30, 40, 50, 50, 50]
+            and rows[-1]["val_loss"] == 2.75)
     assert all(a["seconds"] <= b["seconds"] for a, b in zip(rows, rows[1:]))
     log.draw("a <title> & more")
     drawing = ElementTree.parse(tmp_path / "loss.svg").getroot()
     shown = " ".join(drawing.itertext())
-    assert "a <title> & more" in shown and "training: 2.500" in shown and "validation: 2.750" in shown
-    points = [float(y) for pair in drawing.find("{*}polyline").get("points").split() for y in pair.split(",")[1:]]
+    assert ("a <title> & more" in shown
+            and "training: 2.500" in shown and "validation: 2.750" in shown)
+    points = [float(y) for pair in drawing.find("{*}polyline").get("points").split()
+              for y in pair.split(",")[1:]]
     assert points == sorted(points) and len(points) == 6  # the loss falls, so y, downwards, grows
 
 
@@ -453,10 +470,10 @@ def slow_attention(query, key, value, bias, causal):
         for h in range(H):
             for t in range(T):
                 seen = range(S - T + t + 1 if causal else S)
-                scores = [float(query[b, h, t].double() @ key[b, h, s].double()) / math.sqrt(D) for s in seen]
-                scores = [
-                    score + (float(bias[b, h, t, s]) if bias is not None else 0) for s, score in zip(seen, scores)
-                ]
+                scores = [float(query[b, h, t].double() @ key[b, h, s].double()) / math.sqrt(D)
+                          for s in seen]
+                scores = [score + (float(bias[b, h, t, s]) if bias is not None else 0)
+                          for s, score in zip(seen, scores)]
                 total = sum(math.exp(score) for score in scores)
                 for s, score in zip(seen, scores):
                     out[b, h, t] += math.exp(score) / total * value[b, h, s].double()
@@ -475,7 +492,8 @@ def test_attention_equals_the_slow_loop(model_file, T, S, causal, with_bias, mon
     assert (model_file.attention(query, key, value, **arguments) - expected).abs().max() < 1e-5
     called = []
     fused = F.scaled_dot_product_attention
-    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: called.append(1) or fused(*a, **k))
+    monkeypatch.setattr(
+        F, "scaled_dot_product_attention", lambda *a, **k: called.append(1) or fused(*a, **k))
     monkeypatch.setattr(model_file, "LONG", 1)  # now every sequence is long, and goes the fused way
     assert (model_file.attention(query, key, value, **arguments) - expected).abs().max() < 1e-5
     assert called
@@ -514,7 +532,8 @@ def test_ignored_targets_do_not_count():
     idx, targets = torch.randint(50, (2, 2, 16))
     targets[0, 3:] = -100
     logits, loss = model(idx, targets)
-    expected = [-torch.log_softmax(logits[b, t], 0)[targets[b, t]] for b in range(2) for t in range(16) if b or t < 3]
+    expected = [-torch.log_softmax(logits[b, t], 0)[targets[b, t]]
+                for b in range(2) for t in range(16) if b or t < 3]
     assert abs(loss - sum(expected) / 19) < 1e-5
     total, count, _ = gpt.loss_sum(model, dict(idx=idx, targets=targets))
     assert count == 19 and abs(total - sum(expected)) < 1e-4
@@ -523,7 +542,8 @@ def test_ignored_targets_do_not_count():
 def test_rotary_scores_depend_on_the_distance_alone():
     turns = gpt.GPT(gpt.GPTConfig(**TINY, pos="rotary")).turns.double()  # (2, T, hd / 2)
     query, key = torch.randn(2, 8, dtype=torch.float64)
-    turned = [[gpt.rotate(x.view(1, 1, 1, 8), turns[:, t : t + 1]).flatten() for t in range(16)] for x in (query, key)]
+    turned = [[gpt.rotate(x.view(1, 1, 1, 8), turns[:, t : t + 1]).flatten() for t in range(16)]
+              for x in (query, key)]
     for t in range(4, 16):
         assert abs(turned[0][t] @ turned[1][t - 3] - turned[0][3] @ turned[1][0]) < 1e-6
     assert abs(turned[0][0] @ turned[1][0] - query @ key) < 1e-6
@@ -532,9 +552,9 @@ def test_rotary_scores_depend_on_the_distance_alone():
 
 def test_logits_equal_those_of_transformers():
     transformers = pytest.importorskip("transformers")
-    theirs = transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(vocab_size=60, n_positions=20, n_embd=24, n_layer=3, n_head=4, initializer_range=0.3)
-    ).double()
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=60, n_positions=20, n_embd=24, n_layer=3, n_head=4, initializer_range=0.3
+    )).double()
     ours = gpt.GPT(gpt.GPTConfig(60, 20, 3, 4, 24)).double()
     names = {
         "token_embedding": "wte",
@@ -543,7 +563,8 @@ def test_logits_equal_those_of_transformers():
         "blocks": "h",
         "attn_norm": "ln_1",
     }
-    names |= {"mlp_norm": "ln_2", "attn.qkv": "attn.c_attn", "attn.proj": "attn.c_proj", "mlp.up": "mlp.c_fc"}
+    names |= {"mlp_norm": "ln_2", "attn.qkv": "attn.c_attn",
+              "attn.proj": "attn.c_proj", "mlp.up": "mlp.c_fc"}
     names |= {"mlp.down": "mlp.c_proj"}
     weights = theirs.transformer.state_dict()
     with torch.no_grad():
@@ -551,7 +572,8 @@ def test_logits_equal_those_of_transformers():
             for old, new in names.items():
                 name = name.replace(old, new) if not (old == "norm." and "_norm" in name) else name
             value = weights[name]
-            p.copy_(value.T if name.endswith(("attn.weight", "proj.weight", "fc.weight")) else value)
+            p.copy_(value.T if name.endswith(("attn.weight", "proj.weight", "fc.weight"))
+                    else value)
     idx = torch.randint(60, (3, 20))
     theirs.eval()
     assert (ours(idx)[0] - theirs(idx).logits).abs().max() < 1e-9
@@ -562,9 +584,8 @@ def test_logits_equal_those_of_transformers():
 # --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "variant", [dict(), dict(pos="rotary"), dict(pos="none", norm="post"), dict(value_dim=6)], ids=str
-)
+@pytest.mark.parametrize("variant", [
+    dict(), dict(pos="rotary"), dict(pos="none", norm="post"), dict(value_dim=6)], ids=str)
 def test_greedy_is_the_same_with_and_without_the_cache(variant):
     model = gpt.GPT(gpt.GPTConfig(**TINY, **variant)).eval()
     for p in model.parameters():
@@ -582,16 +603,15 @@ def test_greedy_is_the_same_with_and_without_the_cache(variant):
 def test_a_row_that_is_done_is_filled_up():
     model = gpt.GPT(gpt.GPTConfig(**TINY)).eval()
     columns = []
-    out = model.generate(
-        torch.randint(50, (8, 2)), 400, temperature=2.0, stop=7, on_token=lambda c: columns.append(c.clone())
-    )
+    out = model.generate(torch.randint(50, (8, 2)), 400, temperature=2.0, stop=7,
+                         on_token=lambda c: columns.append(c.clone()))
     assert out.size(1) < 402 and torch.equal(torch.stack(columns, 1), out[:, 2:])
     for row in out[:, 2:].tolist():
         assert set(row[row.index(7) :]) == {7}
 
 
 def test_sampling_frequencies():
-    logits = torch.tensor([2.0, 1.0, 0.5, -1.0, -3.0])
+    logits = torch.tensor([2.0, 1.0, 0.5, -1.0, -3.0])  # softmax: 0.61, 0.22, ...
     many = logits.expand(40_000, -1)
 
     def frequencies(**options):
@@ -603,7 +623,7 @@ def test_sampling_frequencies():
     assert close(frequencies(), F.softmax(logits, -1))
     assert close(frequencies(temperature=0.5), F.softmax(logits * 2, -1))
     assert close(frequencies(top_k=2), F.softmax(torch.tensor([2.0, 1.0, *[-math.inf] * 3]), -1))
-    assert close(frequencies(top_p=0.7), F.softmax(torch.tensor([2.0, 1.0, *[-math.inf] * 3]), -1))  # 0.61, 0.22, ...
+    assert close(frequencies(top_p=0.7), F.softmax(torch.tensor([2.0, 1.0, *[-math.inf] * 3]), -1))
     assert close(frequencies(top_p=1e-9), torch.tensor([1.0, 0, 0, 0, 0]))
     assert frequencies(temperature=0)[0] == 1
 
@@ -621,11 +641,11 @@ def test_muon_equals_that_of_torch_and_adamw_too():
     optimizer = gpt.Muon(ours, run, torch.bfloat16)
     muon, decayed, plain = [], [], []
     for name, p in theirs.named_parameters():
-        (muon if "blocks." in name and p.ndim == 2 else decayed if p.ndim == 2 else plain).append((name, p))
+        (muon if "blocks." in name and p.ndim == 2 else decayed if p.ndim == 2 else plain).append(
+            (name, p))
     # torch's Muon takes whole matrices: give it query, key and value apart
-    apart = {
-        name: [torch.nn.Parameter(x.detach().clone()) for x in p.chunk(3 if "qkv" in name else 1)] for name, p in muon
-    }
+    apart = {name: [torch.nn.Parameter(x.detach().clone())
+                    for x in p.chunk(3 if "qkv" in name else 1)] for name, p in muon}
     reference = [
         torch.optim.Muon(sum(apart.values(), []), lr=0.02, weight_decay=0.1, momentum=0.95),
         torch.optim.AdamW([p for _, p in decayed], lr=0.01, weight_decay=0.1, betas=(0.9, 0.95)),
@@ -635,16 +655,15 @@ def test_muon_equals_that_of_torch_and_adamw_too():
         for (name, p), q in zip(ours.named_parameters(), theirs.parameters()):
             p.grad = torch.randn_like(p)
             q.grad = p.grad.clone()
-            for x, gradient in zip(apart.get(name, []), p.grad.chunk(len(apart.get(name, [])) or 1)):
+            for x, gradient in zip(apart.get(name, []),
+                                   p.grad.chunk(len(apart.get(name, [])) or 1)):
                 x.grad = gradient.clone()
         optimizer.step()
         for each in reference:
             each.step()
     for (name, p), q in zip(ours.named_parameters(), theirs.parameters()):
         expected = torch.cat(list(apart[name])) if name in apart else q
-        assert (p - expected).abs().max() < (2e-3 if name in apart else 1e-6), name  # bfloat16 in both
-        moved = (p - gpt.GPT.state_dict(ours)[name]).abs().max()
-        assert moved == 0  # (the state is the parameter itself)
+        assert (p - expected).abs().max() < (2e-3 if name in apart else 1e-6), name  # both bfloat16
 
 
 def test_wide_heads_train_with_muon_too():
@@ -668,12 +687,11 @@ def test_schedules():
     assert line[:11] == pytest.approx([(i + 1) / 11 for i in range(10)] + [1])
     assert line[10:] == pytest.approx([1 - i / 90 for i in range(90)])
     run.schedule = "cosine"
-    assert [gpt.schedule(step, run) for step in (10, 55, 99)] == pytest.approx([1, 0.5, 0], abs=1e-3)
+    assert [gpt.schedule(step, run) for step in (10, 55, 99)] == pytest.approx([1, .5, 0], abs=1e-3)
 
 
-SMALL = (
-    "--n_layer 2 --n_head 2 --n_embd 32 --block_size 32 --vocab_size 300 --batch_size 4 --warmup_steps 2 --dropout 0.1"
-)
+SMALL = ("--n_layer 2 --n_head 2 --n_embd 32 --block_size 32 --vocab_size 300 --batch_size 4 "
+         "--warmup_steps 2 --dropout 0.1")
 SMALL = f"{SMALL} --device cpu --eval_interval 4 --log_interval 2".split()
 
 
@@ -706,14 +724,17 @@ def assert_same_run(left, right):
     logs = []
     for folder in (left, right):
         rows = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
-        logs.append([{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in rows])
+        logs.append([{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")}
+                     for row in rows])
     assert logs[0] == logs[1]
 
 
 def test_a_run_its_files_and_its_commands(stories, capsys):
-    command("--data", stories, "--out_dir", "run", "--max_steps", 10, "--snapshot_interval", 5, *SMALL)
+    command("--data", stories, "--out_dir", "run", "--max_steps", 10,
+            "--snapshot_interval", 5, *SMALL)
     printed = capsys.readouterr()
-    assert printed.out == "" and "step 10/10" in printed.err and "python gpt.py generate --out_dir run" in printed.err
+    assert (printed.out == "" and "step 10/10" in printed.err
+            and "python gpt.py generate --out_dir run" in printed.err)
     files = {path.name for path in Path("run").iterdir()}
     assert files == {
         *(
@@ -743,12 +764,14 @@ def test_a_run_its_files_and_its_commands(stories, capsys):
     command("generate", "--out_dir", "run", "--prompt", "The — sea", "--max_new_tokens", 9)
     one = capsys.readouterr()
     assert one.out.startswith("The — sea") and "best.pt" in one.err and "best.pt" not in one.out
-    command("generate", "--init_from", "run/ckpt.pt", "--num_samples", 3, "--max_new_tokens", 9, "--prompt", "So")
+    command("generate", "--init_from", "run/ckpt.pt", "--num_samples", 3,
+            "--max_new_tokens", 9, "--prompt", "So")
     assert len(re.findall("^So", capsys.readouterr().out, re.MULTILINE)) >= 3
 
     command("--config", "run/run.json", "--out_dir", "again", "--snapshot_interval", 0)
     assert_same_run("run", "again")
-    command("--init_from", "run/best.pt", "--data", stories, "--out_dir", "more", *SMALL, "--max_steps", 2)
+    command("--init_from", "run/best.pt", "--data", stories, "--out_dir", "more",
+            *SMALL, "--max_steps", 2)
     assert torch.load("more/ckpt.pt", weights_only=True)["step"] == 2
 
 
@@ -756,13 +779,15 @@ def test_eval_counts_every_token_once_and_no_special_bytes(stories):
     corpus = data.prepare(stories, 300, [END], END)
     config = gpt.GPTConfig(**{**TINY, "vocab_size": corpus.tokenizer.vocab_size})
     model = gpt.GPT(config)
-    row = gpt.evaluate(model, gpt.eval_batches(corpus, config, None, 3), torch.autocast("cpu", enabled=False))
+    row = gpt.evaluate(model, gpt.eval_batches(corpus, config, None, 3),
+                       torch.autocast("cpu", enabled=False))
     tokens = torch.from_numpy(corpus.validation.astype(np.int64))
     total = 0.0
     with torch.no_grad():
         for start in range(0, len(tokens) - 1, 16):  # one window at a time
             window = tokens[start : start + 17]
-            total += float(F.cross_entropy(model(window[None, :-1])[0][0], window[1:], reduction="sum"))
+            total += float(
+                F.cross_entropy(model(window[None, :-1])[0][0], window[1:], reduction="sum"))
     text = corpus.tokenizer.decode(tokens).replace(END, "")
     assert row["val_loss"] == pytest.approx(total / (len(tokens) - 1), rel=1e-5)
     assert row["bits_per_byte"] == pytest.approx(total / math.log(2) / len(text.encode()), rel=1e-5)
@@ -775,9 +800,8 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(stories, own_cache):
     command(*common, "--out_dir", "whole")
     for how, status, after in ((signal.SIGKILL, -9, 13), (signal.SIGINT, 130, 21)):
         folder = how.name
-        started = subprocess.Popen(
-            [sys.executable, ROOT / "gpt.py", *common, "--out_dir", folder], stderr=subprocess.PIPE, text=True
-        )
+        started = subprocess.Popen([sys.executable, ROOT / "gpt.py", *common, "--out_dir", folder],
+                                   stderr=subprocess.PIPE, text=True)
         for line in started.stderr:
             if re.match(rf"step {after + 1}/", line):
                 started.send_signal(how)
@@ -794,7 +818,8 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(stories, own_cache):
 def test_a_resumed_run_follows_the_flags_as_they_are_now(stories, capsys):
     command("--data", stories, "--out_dir", "run", "--max_steps", 4, "--epochs", 0.01, *SMALL)
     Path("faster.json").write_text('{"max_steps": 12}')
-    command("--init_from", "resume", "--out_dir", "run", "--config", "faster.json", "--lr", 0.5, "--matrix_lr", 0)
+    command("--init_from", "resume", "--out_dir", "run", "--config", "faster.json",
+            "--lr", 0.5, "--matrix_lr", 0)
     checkpoint = torch.load("run/ckpt.pt", weights_only=True)
     assert checkpoint["step"] == 12
     assert {group["highest_lr"] for group in checkpoint["optimizer"]["param_groups"]} == {0.5, 0}
@@ -812,12 +837,11 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
         model = gpt.GPT(config)
         run = gpt.TrainConfig(batch_size=size, optimizer="adamw")
         scaler = torch.amp.GradScaler("cpu", enabled=False)
-        loss = gpt.update(
-            model, batch, gpt.Muon(model, run, torch.float32), scaler, torch.autocast("cpu", enabled=False), run
-        )
+        loss = gpt.update(model, batch, gpt.Muon(model, run, torch.float32), scaler,
+                          torch.autocast("cpu", enabled=False), run)
         ended.append((float(loss), torch.cat([p.detach().flatten() for p in model.parameters()])))
     torch.manual_seed(0)
-    expected = float(gpt.GPT(config)(batch["idx"], batch["targets"])[1])
+    expected = gpt.GPT(config)(batch["idx"], batch["targets"])[1].item()
     for loss, weights in ended:
         assert loss == pytest.approx(expected, rel=1e-5)
         assert (weights - ended[0][1]).abs().max() < 1e-4
@@ -832,22 +856,27 @@ def test_float16_skips_the_steps_that_overflow(stories, capsys):
     before = {name: p.clone() for name, p in model.state_dict().items()}
     run = gpt.TrainConfig(batch_size=2)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**120)
-    arguments = (gpt.Muon(model, run, torch.float32), scaler, torch.autocast("cpu", torch.float16), run)
-    gpt.update(model, dict(idx=torch.randint(50, (2, 16)), targets=torch.randint(50, (2, 16))), *arguments)
+    arguments = (gpt.Muon(model, run, torch.float32), scaler,
+                 torch.autocast("cpu", torch.float16), run)
+    gpt.update(model, dict(idx=torch.randint(50, (2, 16)), targets=torch.randint(50, (2, 16))),
+               *arguments)
     assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
     assert scaler.get_scale() == 2.0**119
 
 
 def test_a_run_that_comes_apart_is_stopped(stories, capsys):
-    command("--data", stories, "--out_dir", "run", "--max_steps", 40, *SMALL, "--lr", 1e30, status=2)
+    command("--data", stories, "--out_dir", "run", "--max_steps", 40, *SMALL,
+            "--lr", 1e30, status=2)
     lines = capsys.readouterr().err.splitlines()
-    assert re.match(r"error: the loss became (nan|inf) at step \d+; the last good checkpoint", lines[-1])
+    assert re.match(r"error: the loss became (nan|inf) at step \d+; the last good checkpoint",
+                    lines[-1])
     assert all(value.isfinite().all() for value in weights_of("run/ckpt.pt").values())
 
 
 def test_it_learns(stories, capsys):
     """Two layers get well below what the frequencies of the tokens alone would give."""
-    command("--data", stories, "--out_dir", "run", "--max_steps", 150, *SMALL, "--eval_interval", 150, "--dropout", 0)
+    command("--data", stories, "--out_dir", "run", "--max_steps", 150, *SMALL,
+            "--eval_interval", 150, "--dropout", 0)
     corpus = data.prepare(stories, 300, [END], END)
     share = np.bincount(corpus.train, minlength=300) + 0.1
     unigram = -np.log(share / share.sum())[corpus.validation[1:]].mean()
@@ -909,14 +938,17 @@ def test_foreign_and_truncated_checkpoints(stories, capsys):
     torch.save(dict(name="gpt", model=Evil()), buffer)
     foreign = io.BytesIO()
     torch.save(dict(weights=torch.ones(3)), foreign)
-    for content in (b"", b"PK\x03\x04 not a zip", good[: len(good) // 2], buffer.getvalue(), foreign.getvalue()):
+    for content in (b"", b"PK\x03\x04 not a zip", good[: len(good) // 2],
+                    buffer.getvalue(), foreign.getvalue()):
         Path("run/ckpt.pt").write_bytes(content)
         for arguments in (("--init_from", "resume"), ("generate", "--init_from", "run/ckpt.pt")):
-            assert "run/ckpt.pt is no whole checkpoint of gpt.py" in mistake(capsys, *arguments, "--out_dir", "run")
+            assert "run/ckpt.pt is no whole checkpoint of gpt.py" in mistake(
+                capsys, *arguments, "--out_dir", "run")
         assert Path("run/ckpt.pt").read_bytes() == content
     assert not Path("broken_in").exists()
     Path("run/ckpt.pt").write_bytes(good)
-    assert "does not fit the checkpoint" in mistake(capsys, "--init_from", "resume", "--out_dir", "run", "--n_layer", 9)
+    assert "does not fit the checkpoint" in mistake(
+        capsys, "--init_from", "resume", "--out_dir", "run", "--n_layer", 9)
 
 
 def test_a_full_disk_leaves_the_old_checkpoint(stories, capsys):
@@ -940,7 +972,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(stories, capsys):
 
 
 def test_the_file_alone(own_cache):
-    """Copied into an empty folder, gpt.py gives the model; training says which files are missing."""
+    """Alone in an empty folder, gpt.py gives the model; training says which files are missing."""
     folder = own_cache / "alone"
     folder.mkdir()
     (folder / "gpt.py").write_text((ROOT / "gpt.py").read_text(encoding="utf-8"), encoding="utf-8")
@@ -950,10 +982,13 @@ def test_the_file_alone(own_cache):
         "print(tuple(model.generate(idx, 20).shape))"
     )
     environment = {**os.environ, "PYTHONPATH": ""}
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, env=environment)
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder,
+                          capture_output=True, text=True, env=environment)
     assert done.stdout == "(2, 29)\n", done.stderr
-    done = subprocess.run([sys.executable, "gpt.py"], cwd=folder, capture_output=True, text=True, env=environment)
-    assert done.returncode == 2 and re.fullmatch(r"error: \w+\.py is missing: put .*\n", done.stderr)
+    done = subprocess.run([sys.executable, "gpt.py"], cwd=folder,
+                          capture_output=True, text=True, env=environment)
+    assert (done.returncode == 2
+            and re.fullmatch(r"error: \w+\.py is missing: put .*\n", done.stderr))
 
 
 def test_help_shows_every_flag_with_a_sentence_and_its_default(capsys):
@@ -968,7 +1003,8 @@ def test_help_shows_every_flag_with_a_sentence_and_its_default(capsys):
 
 
 def test_bench_ends_with_a_line_of_figures(capsys, monkeypatch):
-    small = "--n_layer 1 --n_head 2 --n_embd 16 --block_size 16 --vocab_size 300 --batch_size 2".split()
+    small = ("--n_layer 1 --n_head 2 --n_embd 16 --block_size 16 "
+             "--vocab_size 300 --batch_size 2").split()
     command("bench", "--device", "cpu", *small)
     row = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert row.keys() == {
@@ -994,15 +1030,18 @@ def test_imports_are_the_standard_library_and_three_packages():
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) else []
             assert {name.partition(".")[0] for name in names} <= allowed, path.name
-        top = {alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
+        top = {alias.name for node in tree.body if isinstance(node, ast.Import)
+               for alias in node.names}
         top |= {node.module for node in tree.body if isinstance(node, ast.ImportFrom)}
         if path.stem in ("gpt", "bert", "t5"):
             assert not top & ours, f"{path.name} must import alone"
 
 
 def test_the_readme_s_commands_are_there():
-    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    commands = [line for block in blocks for line in block.splitlines() if line.startswith("python gpt.py")]
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"),
+                        re.DOTALL)
+    commands = [line for block in blocks for line in block.splitlines()
+                if line.startswith("python gpt.py")]
     assert commands
     for line in commands:
         name, *flags = line.partition("#")[0].split()[2:] or ["train"]
