@@ -30,6 +30,7 @@ import math
 import mmap
 import multiprocessing
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -735,13 +736,20 @@ def read_settings(path: str, classes) -> dict:
     """A file of settings (run.json, or yours). Raises ValueError if not all are fields of these."""
     try:
         settings = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from None
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(settings, dict):
         raise ValueError(f'{path} is not a JSON object like {{"n_layer": 6}}')
-    unknown = settings.keys() - {field.name for cls in classes for field in dataclasses.fields(cls)}
-    if unknown:
-        raise ValueError(f"{path}: there is no setting {', '.join(sorted(unknown))}")
+    hints = {name: hint for cls in classes for name, hint in typing.get_type_hints(cls).items()}
+    for name, value in settings.items():
+        if name not in hints:
+            raise ValueError(f"{path}: there is no setting {name}")
+        kinds = typing.get_args(hints[name]) or (hints[name],)
+        whole = float in kinds and type(value) is int
+        if not (value in kinds or type(value) in kinds or whole):
+            raise ValueError(f"{path}: {name} cannot be {json.dumps(value)}")
     return settings
 
 
@@ -878,6 +886,9 @@ def load_checkpoint(path, name: str, build_model):
             raise ValueError(f"{checkpoint['name']}.py wrote it")
         model = build_model(checkpoint["config"])
         model.load_state_dict(checkpoint["model"])
+    except pickle.UnpicklingError:
+        raise ValueError(
+            f"{path} is no whole checkpoint of {name}.py: it is something else, or holds code") from None
     except Exception as error:  # a foreign file can fail in any way
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise ValueError(f"{path} is no whole checkpoint of {name}.py: {reason}") from None

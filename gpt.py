@@ -665,7 +665,7 @@ class TrainConfig(RunConfig):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} has to be at least 1")
         for name in (
-            "epochs", "lr", "matrix_lr", "weight_decay",
+            "seed", "epochs", "lr", "matrix_lr", "weight_decay",
             "warmup_steps", "grad_clip", "snapshot_interval",
         ):
             if getattr(self, name) < 0:
