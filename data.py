@@ -888,7 +888,8 @@ def load_checkpoint(path, name: str, build_model):
         model.load_state_dict(checkpoint["model"])
     except pickle.UnpicklingError:
         raise ValueError(
-            f"{path} is no whole checkpoint of {name}.py: it is something else, or holds code") from None
+            f"{path} is no whole checkpoint of {name}.py: it is something else, or holds code"
+        ) from None
     except Exception as error:  # a foreign file can fail in any way
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise ValueError(f"{path} is no whole checkpoint of {name}.py: {reason}") from None
@@ -916,6 +917,7 @@ def interrupts():
         if pressed:
             raise KeyboardInterrupt
         pressed.append(signal_number)
+        say("", "stopping after this step; Ctrl-C once more stops at once")
 
     before = signal.signal(signal.SIGINT, note)
     try:

@@ -726,12 +726,13 @@ class Muon(torch.optim.Optimizer):
         params, lr, (rows, cols) = group["params"], group["lr"], group["shape"]
         gradient = torch.cat([p.grad.view(-1, rows, cols) for p in params])  # (n, rows, cols)
         state = self.state[params[0]]  # of the whole stack
-        average = state.setdefault("momentum", torch.zeros_like(gradient)).lerp_(
-            gradient, 1 - momentum
-        )
-        update = orthogonalize(gradient.lerp(average, momentum).to(self.dtype)).to(gradient.dtype)
+        if not state:
+            state["momentum"] = torch.zeros_like(gradient)
+        average = state["momentum"].lerp_(gradient, 1 - momentum)
+        ahead = gradient.lerp(average, momentum)
+        directions = orthogonalize(ahead.to(self.dtype)).to(gradient.dtype)  # (n, rows, cols)
         lr_of_shape = lr * max(1, rows / cols) ** 0.5
-        for p, direction in zip(params, update.split([len(p) // rows for p in params])):
+        for p, direction in zip(params, directions.split([len(p) // rows for p in params])):
             p.mul_(1 - lr * group["weight_decay"]).sub_(
                 direction.reshape(p.shape), alpha=lr_of_shape
             )
