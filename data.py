@@ -159,7 +159,8 @@ def _fetch(requests, url: str, part: Path, have: int) -> bool:
         total = have + int(length) if length else None
         with open(part, "ab" if have else "wb") as file:
             for block in answer.iter_content(1 << 14):  # of a block cut off, nothing arrives
-                file.write(block)
+                with naming(part):
+                    file.write(block)
                 have += len(block)
                 _show_download(url, have, total)
     if sys.stderr.isatty():
@@ -481,15 +482,16 @@ def encode_corpus(
         with open(folder / f"{part}.bin", "wb") as file:
             last = None
             for ids in itertools.chain([edge], parallel(encode_piece, jobs), [edge]):
-                if last == edge and ids[:1] == edge:  # the text itself begins or ends with one
+                if len(ids) and ids[0] == edge[0] == last:  # the text begins or ends with one, too
                     ids = ids[1:]
                 documents += int((ids == edge).sum())
-                last = ids[-1:] if len(ids) else last
+                last = ids[-1] if len(ids) else last
                 with naming(folder):
                     file.write(ids.tobytes())
         documents -= 1  # n documents have n + 1 separators around them
     documents = documents if documents > len(parts) else 1  # one text, cut in two
-    (folder / "corpus.json").write_text(json.dumps(dict(dtype=dtype, documents=documents)))
+    with naming(folder):
+        (folder / "corpus.json").write_text(json.dumps(dict(dtype=dtype, documents=documents)))
 
 
 def random_corpus(vocab_size: int, special_tokens, length: int = 1 << 20) -> Corpus:

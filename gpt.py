@@ -84,6 +84,8 @@ class GPTConfig:
                 f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}: "
                 "change one of them or set head_dim"
             )
+        if min(self.key_width, self.value_width) < 1 or self.ff_width < 0:
+            raise ValueError("head_dim and value_dim have to be at least 1, n_ff at least 0")
         if self.pos == "rotary" and self.key_width % 2:
             raise ValueError(
                 f"rotary positions turn pairs of numbers: head_dim {self.key_width} has to be even"
@@ -93,11 +95,11 @@ class GPTConfig:
 
     @property
     def key_width(self) -> int:
-        return self.head_dim or self.n_embd // self.n_head
+        return self.n_embd // self.n_head if self.head_dim is None else self.head_dim
 
     @property
     def value_width(self) -> int:
-        return self.value_dim or self.key_width
+        return self.key_width if self.value_dim is None else self.value_dim
 
     @property
     def ff_width(self) -> int:
@@ -120,7 +122,6 @@ RECIPES = {  # training settings that go with a preset; the others start from la
 # --------------------------------------------------------------------------------------------------
 # 3. Layers, from the bottom up
 # --------------------------------------------------------------------------------------------------
-
 
 LONG = 1024  # number of keys from which the fused attention is faster on a CPU, too
 
@@ -394,8 +395,9 @@ def eval_batches(corpus, config: Config, objective: ObjectiveConfig, rows: int):
 class CrossEntropy(torch.autograd.Function):
     """The sum of -log softmax(logits)[target] over logits (N, V), targets (N,); -100 for none.
 
-    Its gradient is softmax(logits) - onehot(target), so the probabilities become it right away, in
-    the logits' own type: `F.cross_entropy` goes over N x V numbers in float32 three times more.
+    Its gradient is softmax(logits) - onehot(target), so the probabilities are turned into it right
+    away and kept in the logits' own type. `F.cross_entropy` computes the same (a test compares
+    them), but passes over N x V float32 numbers three more times.
     """
 
     @staticmethod

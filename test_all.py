@@ -527,6 +527,21 @@ def test_each_variant_learns_and_sees_no_future(variant):
     assert difference[:9].max() == 0 and difference[9] > 0
 
 
+@pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-12), (torch.bfloat16, 0.01)])
+def test_the_loss_and_its_gradient_are_those_of_torch(dtype, bound):
+    logits = torch.randn(40, 30, dtype=torch.float64) * 3
+    targets = torch.randint(30, (40,))
+    targets[::5] = -100
+    ours, theirs = logits.clone().to(dtype).requires_grad_(), logits.clone().requires_grad_()
+    loss = gpt.CrossEntropy.apply(ours, targets)
+    expected = F.cross_entropy(theirs, targets, reduction="sum")
+    (loss * 0.5).backward()
+    (expected * 0.5).backward()
+    assert abs(loss - expected) < bound * expected
+    assert (ours.grad - theirs.grad).abs().max() < bound
+    assert not ours.grad[::5].any() and ours.grad.dtype == dtype
+
+
 def test_ignored_targets_do_not_count():
     model = gpt.GPT(gpt.GPTConfig(**TINY))
     idx, targets = torch.randint(50, (2, 2, 16))
@@ -903,14 +918,17 @@ def test_mistakes_get_one_line(stories, capsys, own_cache):
     assert "there is no command trian" in mistake(capsys, "trian")
     assert "there is no preset huge" in mistake(capsys, "--preset", "huge")
     assert "n_embd 30 is not divisible by n_head 4" in mistake(capsys, "--n_embd", 30)
+    assert "n_ff at least 0" in mistake(capsys, "--n_ff", -1)
+    assert "head_dim and value_dim have to be at least 1" in mistake(capsys, "--head_dim", 0)
     assert "invalid int value: 'many'" in mistake(capsys, "--n_layer", "many")
     assert "neither true nor false" in mistake(capsys, "--bias", "maybe")
     assert "invalid choice: 'left'" in mistake(capsys, "--pos", "left")
     assert "--max_steps has to be at least 1" in mistake(capsys, "--max_steps", 0)
     assert "set --vocab_size 257 or more" in mistake(capsys, "--data", stories, "--vocab_size", 200)
     assert "no data at nowhere.txt" in mistake(capsys, "--data", "nowhere.txt")
-    Path("short.txt").write_text("A short text.")
-    assert "give more text or a smaller --block_size" in mistake(capsys, "--data", "short.txt")
+    for short in ("A short text.", "A", END, f"{END}\n{END}\n", f"One.\n{END}\n"):
+        Path("short.txt").write_text(short)
+        assert "give more text or a smaller --block_size" in mistake(capsys, "--data", "short.txt")
     assert "nothing to resume in out/gpt" in mistake(capsys, "--init_from", "resume")
     assert "there is no checkpoint" in mistake(capsys, "generate")
     command("--data", stories, "--max_steps", 1, *SMALL)
