@@ -400,7 +400,7 @@ def parallel(function, jobs: list):
 # --------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Corpus:
     """A source as tokens: memory-mapped arrays of uint16, or uint32 above 65,536 token types."""
 
@@ -408,6 +408,15 @@ class Corpus:
     train: np.ndarray  # (n,)
     validation: np.ndarray  # (m,)
     documents: int  # in both parts together; 1 for a text that is one stream
+    separator: int  # the token before, between and after documents
+
+    def edges(self, part: str) -> np.ndarray:
+        """Where the separators stand in "train" or "validation", (n,) int64."""
+        tokens = getattr(self, part)
+        return np.concatenate([
+            start + np.flatnonzero(tokens[start : start + PIECE] == self.separator)
+            for start in range(0, len(tokens), PIECE)
+        ])
 
     @functools.cached_property
     def token_bytes(self) -> np.ndarray:
@@ -451,7 +460,8 @@ def prepare(source: str, vocab_size: int, special_tokens, separator: str, tokeni
     facts = json.loads((folder / "corpus.json").read_text())
     parts = {part: np.memmap(folder / f"{part}.bin", facts["dtype"], "r")
              for part in ("train", "validation")}
-    return Corpus(tokenizer, parts["train"], parts["validation"], facts["documents"])
+    return Corpus(tokenizer, parts["train"], parts["validation"], facts["documents"],
+                  tokenizer.special[separator])
 
 
 def plan(files: dict[str, Path]) -> dict[str, list]:
@@ -497,8 +507,10 @@ def encode_corpus(
 def random_corpus(vocab_size: int, special_tokens, length: int = 1 << 20) -> Corpus:
     """Random tokens, to measure with."""
     tokens = np.random.default_rng(0).integers(len(special_tokens), vocab_size, length)
+    tokens[[0, -1]] = 0  # the separators around it
     return Corpus(
-        Tokenizer.from_counts({}, 256 + len(special_tokens), special_tokens), tokens, tokens, 1)
+        Tokenizer.from_counts({}, 256 + len(special_tokens), special_tokens), tokens, tokens, 1,
+        separator=0)
 
 
 def sliding_windows(

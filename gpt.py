@@ -150,9 +150,9 @@ def attention(query, key, value, bias=None, causal=False, scale=None, dropout=0.
     return F.dropout(weights, dropout) @ value  # (B, nh, T, vd)
 
 
-def sinusoids(length: int, width: int) -> torch.Tensor:
-    """(length, width): sin, cos of the position, wavelengths 2 pi to 20,000 pi (Vaswani, 3.5)."""
-    frequency = 10000 ** (-torch.arange(0, width, 2) / width)  # (width / 2,)
+def sinusoids(length: int, width: int, base: float = 10000) -> torch.Tensor:
+    """(length, width): sin, cos of the position, wavelengths 2 pi to 2 pi * base (Vaswani, 3.5)."""
+    frequency = base ** (-torch.arange(0, width, 2) / width)  # (width / 2,)
     angle = torch.arange(length)[:, None] * frequency  # (length, width / 2)
     return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1)[:, :width]
 
@@ -340,6 +340,7 @@ Model, Config, NAME = GPT, GPTConfig, "gpt"
 
 SPECIAL_TOKENS = ["<|endoftext|>"]
 SEPARATOR = "<|endoftext|>"  # before the first document, between documents and after the last
+TOKEN_LOSS = "val_loss"  # what perplexity is computed from
 
 
 @dataclass
@@ -359,7 +360,7 @@ def rows_per_epoch(corpus, config: Config, objective: ObjectiveConfig) -> int:
 
 
 def train_batch(
-    corpus, config: Config, objective: ObjectiveConfig, seed: int, step: int, rows: int
+    corpus, config: Config, objective: ObjectiveConfig, run: "TrainConfig", step: int
 ) -> dict:
     """A step's batch: idx and targets, (rows, block_size) int64. It depends on (seed, step) alone.
 
@@ -368,7 +369,7 @@ def train_batch(
     from data import shuffled_rows
 
     T, n = config.block_size, rows_per_epoch(corpus, config, objective)
-    row, luck = shuffled_rows(n, seed, step * rows, rows)
+    row, luck = shuffled_rows(n, run.seed, step * run.rows, run.rows)
     offset = (luck * (len(corpus.train) - n * T)).astype(np.int64)
     at = (offset + row * T)[:, None] + np.arange(T + 1)  # (rows, T + 1)
     window = torch.from_numpy(corpus.train[at].astype(np.int64))
@@ -673,6 +674,10 @@ class TrainConfig(RunConfig):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name} cannot be negative")
 
+    @property
+    def rows(self) -> int:
+        return self.batch_size * self.grad_accum  # sequences per step
+
 
 def orthogonalize(matrices, steps: int = 5):
     """Newton-Schulz iteration: the nearest matrices whose singular values are all about 1.
@@ -692,7 +697,7 @@ def orthogonalize(matrices, steps: int = 5):
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon for the blocks' matrices, AdamW for all else: one optimizer, so one overflow skips both.
+    """Muon for inner matrices, AdamW for all else: one optimizer, so one overflow skips both.
 
     AdamW steps by a fixed size in each *number*; Muon, in each *direction* of a matrix: it takes
     the gradient's (Nesterov) momentum and makes all its singular values 1, so that rare directions
@@ -703,7 +708,8 @@ class Muon(torch.optim.Optimizer):
         self.dtype = dtype  # of the Newton-Schulz products
         kinds = {}  # (kind, shape) -> parameters
         for name, p in model.named_parameters():
-            if run.optimizer == "muon" and p.ndim == 2 and "blocks." in name:
+            inner = p.ndim == 2 and not ("embedding" in name or "head" in name)
+            if run.optimizer == "muon" and inner:
                 kinds.setdefault(
                     ("muon", (len(p) // getattr(p, "maps", 1), p.size(1))), []
                 ).append(p)
@@ -765,13 +771,13 @@ def schedule(step: int, run: TrainConfig) -> float:
 
 
 def update(model, batch: dict, optimizer, scaler, autocast, run: TrainConfig) -> torch.Tensor:
-    """One optimizer step, computed in parts of run.batch_size rows. Returns the loss per token."""
+    """One optimizer step, computed in run.grad_accum parts. Returns the loss per token."""
     model.train()
     rows = len(next(iter(batch.values())))
-    device = next(model.parameters()).device
+    size, device = math.ceil(rows / run.grad_accum), next(model.parameters()).device
     loss, weight = 0.0, 0.0
-    for i in range(0, rows, run.batch_size):
-        part = {name: tensor[i : i + run.batch_size].to(device) for name, tensor in batch.items()}
+    for i in range(0, rows, size):
+        part = {name: tensor[i : i + size].to(device) for name, tensor in batch.items()}
         with autocast:
             part_loss, part_weight, _ = loss_sum(model, part)
         scaler.scale(part_loss / rows).backward()
@@ -835,9 +841,8 @@ class Trainer:
         )
         self.config = replace(config, vocab_size=self.corpus.tokenizer.vocab_size)
         self.objective = objective
-        self.rows = run.batch_size * run.grad_accum
         epoch = rows_per_epoch(self.corpus, self.config, objective)
-        steps = max(math.ceil(run.epochs * epoch / self.rows), 1) if run.epochs else run.max_steps
+        steps = max(math.ceil(run.epochs * epoch / run.rows), 1) if run.epochs else run.max_steps
         self.run = run = replace(
             run, max_steps=steps, epochs=0.0, dtype=str(self.dtype).removeprefix("torch.")
         )
@@ -891,9 +896,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = group["highest_lr"] * schedule(self.step, run)
         torch.manual_seed(hash((run.seed, self.step)))  # for dropout
-        batch = train_batch(
-            self.corpus, self.config, self.objective, run.seed, self.step, self.rows
-        )
+        batch = train_batch(self.corpus, self.config, self.objective, run, self.step)
         return (
             update(self.compiled, batch, self.optimizer, self.scaler, self.autocast, run),
             count_tokens(batch),
@@ -963,7 +966,7 @@ class Trainer:
             f"{len(corpus.train):,} tokens to train on, {len(corpus.validation):,} to validate; "
             f"vocabulary of {config.vocab_size:,}",
             f"model: {weights / 1e6:.2f} million parameters, on {self.device.type} in {run.dtype}; "
-            f"{run.max_steps:,} steps of {self.rows} sequences",
+            f"{run.max_steps:,} steps of {run.rows} sequences",
         )
         if self.step:
             self.log.say(f"resumed at step {self.step}")
@@ -1072,7 +1075,7 @@ def eval_command(settings: dict, given: dict) -> int:
     )
     batches = eval_batches(corpus, config, objective, options.batch_size)
     row = {"step": checkpoint["step"], **evaluate(model, batches, data.autocast_to(dtype, device))}
-    print(json.dumps(row | {"perplexity": math.exp(min(row["val_loss"], 700))}))
+    print(json.dumps(row | {"perplexity": math.exp(min(row[TOKEN_LOSS], 700))}))
     return 0
 
 
@@ -1101,12 +1104,11 @@ def bench_command(settings: dict, given: dict) -> int:
     optimizer, autocast = Muon(model, run, dtype), data.autocast_to(dtype, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     compiled = torch.compile(model) if run.compile else model
-    rows = run.batch_size * run.grad_accum
     corpus = data.random_corpus(config.vocab_size, SPECIAL_TOKENS)
     times = []
     while len(times) < 5 or (sum(times) < 8 and len(times) < 100):
         start = time.perf_counter()
-        batch = train_batch(corpus, config, objective, run.seed, len(times), rows)
+        batch = train_batch(corpus, config, objective, run, run.max_steps + len(times))
         update(compiled, batch, optimizer, scaler, autocast, run).item()
         times.append(time.perf_counter() - start)
     seconds = statistics.median(times[2:])  # the first ones warm up

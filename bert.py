@@ -1,0 +1,1297 @@
+"""BERT: an encoder that reads a whole text at once and says which tokens were hidden from it.
+
+A GPT sees only what came before. BERT sees both sides, so predicting the next token would be no
+exercise; instead 15 % of the tokens are chosen, most of them masked, and asked for (masked language
+modelling). A second, easier question trains the token [CLS], which stands for the whole text: does
+segment B continue segment A, or does it come from another document (next-sentence prediction)?
+
+    input     [CLS] The old [MASK] sat by the [SEP] sea and counted [MASK] waves . [SEP] [PAD]
+    segment     0    0   0    0     0  0   0    0    1   1     1      1      1   1   1     0
+    target                   man                                    the
+    answer    the second segment continues the first
+
+The architecture is that of the Transformer's encoder: token, position and segment embeddings, then
+blocks in which every position attends to every other, each sublayer followed by a LayerNorm. On top
+stand three small heads: one for hidden tokens, one for the pair, and after fine-tuning one for
+labels. No text is generated; BERT is for understanding it.
+
+    python bert.py                                  train on input.txt: 3 to 4 minutes on a laptop
+    python bert.py generate --prompt "The cat sat on the [MASK]."     fill what is hidden
+    python bert.py eval                             how many hidden tokens and pairs it gets right
+    python bert.py bench                            how fast this machine is at it
+    python bert.py --help                           every flag
+
+The lesson of this file is how to leave the plateau, on which the loss of a BERT that is trained
+from scratch may stay for hours: see `BERT.init_attention`. It reads from top to bottom:
+2 the configuration, 3 layers, 4 the model, 5 the objective, 6 generation, 7 training, 8 the command
+line. Copied alone into a project, this file still gives `from bert import BERT, BERTConfig`; to
+train, it needs bpe.py (the tokenizer) and data.py (files, downloads, the log) beside it. To learn,
+change things: `--pos rotary` (which loss falls faster?), `--nsp false`, `--mask_prob 0.5`.
+
+Papers: Devlin et al. 2019, https://arxiv.org/abs/1810.04805 (BERT); Vaswani et al. 2017,
+https://arxiv.org/abs/1706.03762 (attention).
+"""
+
+import functools
+import json
+import math
+import os
+import statistics
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.optim.adamw import adamw
+
+# --------------------------------------------------------------------------------------------------
+# 2. The configuration
+# --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class BERTConfig:
+    """The architecture. Defaults are BERT's; every other value is a variant people have tried.
+
+    Raises ValueError for sizes that do not fit together.
+    """
+
+    vocab_size: int  # token types: special tokens + 256 bytes + merges
+    block_size: int  # longest sequence, in tokens
+    n_layer: int  # blocks
+    n_head: int  # attention heads in a block
+    n_embd: int  # width of the residual stream
+    n_ff: int | None = None  # width inside a feed-forward (default 4 * n_embd)
+    dropout: float = 0.0  # share of activations zeroed in training
+    pos: Literal["learned", "sinusoidal", "rotary"] = "learned"  # how positions are marked
+    norm: Literal["post", "pre"] = "post"  # LayerNorm after or before each sublayer
+    n_segments: int = 2  # kinds of segments: A and B
+    nsp: bool = True  # train next-sentence prediction beside masked language modelling
+    n_labels: int = 0  # classes that `classify` tells apart (0: it has no such head)
+
+    def __post_init__(self):
+        if min(
+            self.vocab_size, self.n_layer, self.n_head, self.n_embd, self.n_segments, self.ff_width
+        ) < 1:
+            raise ValueError(
+                "vocab_size, n_layer, n_head, n_embd, n_ff and n_segments have to be at least 1"
+            )
+        if self.block_size < 8:
+            raise ValueError(f"block_size {self.block_size} has no room for a pair: at least 8")
+        if self.n_embd % self.n_head:
+            raise ValueError(
+                f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}: "
+                "change one of them"
+            )
+        if self.pos == "rotary" and self.key_width % 2:
+            raise ValueError(
+                f"rotary positions turn pairs of numbers: n_embd / n_head, here {self.key_width}, "
+                "has to be even"
+            )
+        if self.nsp and self.n_segments < 2:
+            raise ValueError("next-sentence prediction takes n_segments 2, or set --nsp false")
+        if self.n_labels < 0:
+            raise ValueError("n_labels cannot be negative")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout {self.dropout} is not between 0 and 1")
+
+    @property
+    def key_width(self) -> int:
+        return self.n_embd // self.n_head
+
+    @property
+    def ff_width(self) -> int:
+        return 4 * self.n_embd if self.n_ff is None else self.n_ff
+
+
+PRESETS = {  # BERT's two sizes have 110 M and 340 M parameters
+    "laptop": dict(vocab_size=1024, block_size=128, n_layer=3, n_head=4, n_embd=128),
+    "t4": dict(vocab_size=8192, block_size=256, n_layer=8, n_head=8, n_embd=512),
+    "bert-base": dict(vocab_size=30522, block_size=512, n_layer=12, n_head=12, n_embd=768),
+    "bert-large": dict(vocab_size=30522, block_size=512, n_layer=24, n_head=16, n_embd=1024),
+}
+RECIPES = {  # training settings that go with a preset; the others start from laptop's
+    "laptop": dict(
+        max_steps=2200, batch_size=32, lr=0.003, matrix_lr=0.015, log_interval=50, eval_interval=550
+    ),
+    "t4": dict(max_steps=10000, batch_size=64, log_interval=50, eval_interval=500),
+}
+
+# --------------------------------------------------------------------------------------------------
+# 3. Layers, from the bottom up
+# --------------------------------------------------------------------------------------------------
+
+LONG = 1024  # number of keys from which the fused attention is faster on a CPU, too
+
+
+def attention(query, key, value, bias=None, causal=False, scale=None, dropout=0.0):
+    """softmax(Q K^T * scale + bias) V: per query a weighted mean of the values (Vaswani, 3.2.1).
+
+    query (B, nh, T, hd), key (B, nh, S, hd), value (B, nh, S, vd) -> (B, nh, T, vd). bias is added
+    to the scores and broadcasts to (B, nh, T, S). causal: the last query sees all S keys, the one
+    before it S - 1, and so on. scale: 1 / sqrt(hd) unless given.
+
+    The formula is the last three lines. For short sequences on a CPU it is two to three times as
+    fast as PyTorch's fused kernel; elsewhere (also for a single query) the fused one is faster.
+    """
+    T, S = query.size(-2), key.size(-2)
+    scale = query.size(-1) ** -0.5 if scale is None else scale
+    if causal and (T != S or bias is not None or query.device.type == "cpu"):
+        future = torch.full(
+            (T, S), float("-inf"), dtype=query.dtype, device=query.device
+        ).triu(1 + S - T)
+        bias, causal = future if bias is None else bias + future, False
+    if query.device.type != "cpu" or S >= LONG or T == 1:
+        return F.scaled_dot_product_attention(query, key, value, bias, dropout, causal, scale=scale)
+    scores = (query * scale) @ key.transpose(-2, -1)  # (B, nh, T, S)
+    weights = F.softmax(scores if bias is None else scores + bias, dim=-1)
+    return F.dropout(weights, dropout) @ value  # (B, nh, T, vd)
+
+
+def sinusoids(length: int, width: int, base: float = 10000) -> torch.Tensor:
+    """(length, width): sin, cos of the position, wavelengths 2 pi to 2 pi * base (Vaswani, 3.5)."""
+    frequency = base ** (-torch.arange(0, width, 2) / width)  # (width / 2,)
+    angle = torch.arange(length)[:, None] * frequency  # (length, width / 2)
+    return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1)[:, :width]
+
+
+def rotate(x, turn):
+    """Rotary positions: turn pair i of the numbers at position t by the angle t / 10000^(2i / hd),
+    so that the product of a query and a key depends on how far apart they are, and not on where
+    they are (Su et al. 2021, https://arxiv.org/abs/2104.09864).
+
+    x (B, nh, T, hd); turn (2, T, hd / 2): the angles' cosines and sines -> (B, nh, T, hd).
+    """
+    cos, sin = turn.to(x.dtype)
+    left, right = x.chunk(2, dim=-1)  # number i makes a pair with number i + hd / 2
+    return torch.cat((left * cos - right * sin, left * sin + right * cos), dim=-1)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention: each head compares in its own way (Vaswani, 3.2.2)."""
+
+    def __init__(self, config: BERTConfig):
+        super().__init__()
+        self.n_head, self.dropout = config.n_head, config.dropout
+        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd)  # three maps in one
+        self.qkv.weight.maps = 3  # for Muon, below
+        self.proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x, bias=None, turn=None):
+        B, T, C = x.shape
+        query, key, value = (
+            part.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, nh, T, hd)
+            for part in self.qkv(x).chunk(3, dim=-1)
+        )
+        if turn is not None:
+            query, key = rotate(query, turn), rotate(key, turn)
+        bias = None if bias is None else bias.to(query.dtype)
+        mixed = attention(query, key, value, bias, dropout=self.dropout * self.training)
+        mixed = self.proj(mixed.transpose(1, 2).reshape(B, T, C))
+        return F.dropout(mixed, self.dropout, self.training)
+
+
+class FeedForward(nn.Module):
+    """Two linear layers and a non-linearity, the same everywhere: C -> n_ff -> C (Vaswani, 3.3)."""
+
+    def __init__(self, config: BERTConfig):
+        super().__init__()
+        self.dropout = config.dropout
+        self.up = nn.Linear(config.n_embd, config.ff_width)
+        self.down = nn.Linear(config.ff_width, config.n_embd)
+
+    def forward(self, x):
+        inner = F.gelu(self.up(x))  # (B, T, n_ff)
+        return F.dropout(self.down(inner), self.dropout, self.training)  # (B, T, C)
+
+
+class Block(nn.Module):
+    """Attention, then feed-forward, each added to the residual stream x: norm(x + sublayer(x))."""
+
+    def __init__(self, config: BERTConfig):
+        super().__init__()
+        self.config = config
+        self.attn, self.attn_norm = Attention(config), make_norm(config)
+        self.mlp, self.mlp_norm = FeedForward(config), make_norm(config)
+
+    def add(self, x, sublayer, norm):
+        """BERT's post-norm norm(x + sublayer(x)), or pre-norm x + sublayer(norm(x))."""
+        y = x + sublayer(norm(x) if self.config.norm == "pre" else x)
+        return norm(y) if self.config.norm == "post" else y
+
+    def forward(self, x, bias=None, turn=None, at=None):
+        """x (B, T, C) -> (B, T, C), or with `at` (N,), places b * T + t, the results there (N, C):
+        the feed-forward looks at each position alone, so it can leave out those nobody reads."""
+        x = self.add(x, lambda h: self.attn(h, bias, turn), self.attn_norm)
+        x = x if at is None else x.flatten(0, 1).index_select(0, at)
+        return self.add(x, self.mlp, self.mlp_norm)
+
+
+def make_norm(config: BERTConfig):
+    """LayerNorm: a position's C numbers get mean 0, variance 1, then a learned scale and shift."""
+    return nn.LayerNorm(config.n_embd, eps=1e-12)
+
+
+# --------------------------------------------------------------------------------------------------
+# 4. The model
+# --------------------------------------------------------------------------------------------------
+
+
+class BERT(nn.Module):
+    """Embeddings, blocks, and the heads on top: for hidden tokens, for the pair, for labels."""
+
+    def __init__(self, config: BERTConfig):
+        super().__init__()
+        self.config = config
+        self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
+        self.segment_embedding = nn.Embedding(config.n_segments, config.n_embd)
+        if config.pos == "learned":
+            self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
+        elif config.pos == "sinusoidal":
+            self.register_buffer("positions", self.first_positions(), persistent=False)
+        elif config.pos == "rotary":
+            table = sinusoids(config.block_size, config.key_width)  # sin, cos, sin, cos, ...
+            self.register_buffer(
+                "turns", torch.stack((table[:, 1::2], table[:, ::2])), persistent=False
+            )
+        self.norm = make_norm(config)  # post-norm: of the embeddings; pre-norm: after the blocks
+        self.drop = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.transform = nn.Linear(config.n_embd, config.n_embd)  # for hidden tokens
+        self.transform_norm = make_norm(config)
+        self.head = nn.Linear(config.n_embd, config.vocab_size)
+        if config.nsp or config.n_labels:
+            self.pooler = nn.Linear(config.n_embd, config.n_embd)  # for the whole text
+        if config.nsp:
+            self.pair_head = nn.Linear(config.n_embd, 2)
+        if config.n_labels:
+            self.label_head = nn.Linear(config.n_embd, config.n_labels)
+        self.apply(self.init_weights)
+        self.init_attention()
+        self.head.weight = self.token_embedding.weight
+
+    @staticmethod
+    def init_weights(module):
+        """BERT's normal distribution of std 0.02; embeddings of std 0.05, so that tokens differ."""
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.05 if isinstance(module, nn.Embedding) else 0.02)
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+
+    def first_positions(self):
+        """(block_size, C): sinusoids, four times as large as the token embeddings beside them."""
+        return 0.2 * sinusoids(self.config.block_size, self.config.n_embd, self.config.block_size)
+
+    @torch.no_grad()
+    def init_attention(self):
+        """Begin as a reader of neighbours: that is what leaves the plateau.
+
+        With positions drawn at random, attention begins even over the whole sequence. A neighbour
+        is then a 128th of what a token gets to see, and of what the gradient says: the model learns
+        how often tokens occur (a loss of 5.4 at 1,024 types), and for thousands of steps no more.
+        The cure changes neither a shape nor a formula. Positions start as sinusoids: there, d steps
+        further means that pair i of the numbers turns by the angle d / base^(2i / C), which is why
+        Vaswani et al. chose them (3.5). So, with its pairs turned, a head's map for queries makes
+        a map for keys under which the query at t fits the key at t + d. In the first block, the
+        heads begin with d = -1, 1, -2, 2, ...; deeper blocks with an even view of everything. All
+        sublayers begin with an output of zero, so that positions reach each block unharmed.
+        """
+        C, base = self.config.n_embd, self.config.block_size
+        for block in self.blocks:
+            nn.init.zeros_(block.attn.proj.weight)
+            nn.init.zeros_(block.mlp.down.weight)
+        if self.config.pos == "learned":
+            self.position_embedding.weight.copy_(self.first_positions())
+        query, key, _ = self.blocks[0].attn.qkv.weight.chunk(3)  # (C, C) each
+        # A score sums C * hd products, and is divided by sqrt(hd): about 7 where query and key fit.
+        nn.init.normal_(query, std=(7 / C / self.config.key_width**0.5) ** 0.5)
+        head = torch.arange(self.config.n_head).repeat_interleave(self.config.key_width)  # (C,)
+        distance = (head // 2 + 1) * (2 * (head % 2) - 1)  # -1, 1, -2, 2, ...: one for each head
+        if self.config.pos == "rotary":
+            distance = 0 * distance  # no positions in x: there a query looks for its like
+        angle = distance[:, None] * base ** (-torch.arange(0, C - 1, 2) / C)  # (C, C / 2)
+        key.copy_(query)
+        sine, cosine = query[:, 0 : C - 1 : 2], query[:, 1::2]
+        key[:, 0 : C - 1 : 2] = sine * angle.cos() + cosine * angle.sin()
+        key[:, 1::2] = cosine * angle.cos() - sine * angle.sin()
+
+    def encode(self, idx, segments=None, mask=None, at=None):
+        """idx (B, T) int64 -> hidden (B, T, C), or with `at` (N,), places b * T + t, only (N, C).
+
+        segments (B, T) int64: 0 in segment A, 1 in B; without it all are 0. mask (B, T) bool: True
+        for a real token, False for padding, which no token attends to. Raises ValueError where T
+        exceeds block_size.
+        """
+        T, config = idx.size(1), self.config
+        if T > config.block_size:
+            raise ValueError(f"{T} tokens are more than block_size {config.block_size}")
+        x = self.token_embedding(idx)  # (B, T, C)
+        if config.pos == "learned":
+            x = x + self.position_embedding.weight[:T]
+        elif config.pos == "sinusoidal":
+            x = x + self.positions[:T]
+        turn = self.turns[:, :T] if config.pos == "rotary" else None  # (2, T, hd / 2)
+        x = x + (
+            self.segment_embedding.weight[0] if segments is None
+            else self.segment_embedding(segments)
+        )
+        x = self.drop(x if config.norm == "pre" else self.norm(x))
+        bias = None  # added to the scores: -inf hides what is padding
+        if mask is not None:
+            bias = torch.zeros(mask.shape, device=x.device).masked_fill(~mask, float("-inf"))
+            bias = bias[:, None, None, :]  # (B, 1, 1, T)
+        for block in self.blocks[:-1]:
+            x = block(x, bias, turn)
+        x = self.blocks[-1](x, bias, turn, at)
+        return self.norm(x) if config.norm == "pre" else x
+
+    def forward(self, idx, segments=None, mask=None, at=None):
+        """idx (B, T) int64 -> mlm_logits (B, T, V), nsp_logits (B, 2), or None without that head.
+
+        at (N,) int64: the places b * T + t whose logits are asked for; mlm_logits are (N, V) then.
+        nsp_logits: "B continues A", "B is from elsewhere". segments, mask: see `encode`.
+        """
+        if at is None:
+            hidden = self.encode(idx, segments, mask)  # (B, T, C)
+            whole = hidden[:, 0]  # (B, C)
+        else:
+            first = torch.arange(len(idx), device=idx.device) * idx.size(1)  # (B,): [CLS]'s places
+            hidden = self.encode(idx, segments, mask, torch.cat((at, first)))
+            hidden, whole = hidden.split((len(at), len(first)))  # (N, C), (B, C)
+        mlm_logits = self.head(self.transform_norm(F.gelu(self.transform(hidden))))
+        return mlm_logits, self.pair_head(self.pool(whole)) if self.config.nsp else None
+
+    def pool(self, whole):
+        """The last state of [CLS] (B, C) -> (B, C): what it has gathered about the whole text."""
+        return torch.tanh(self.pooler(whole))
+
+    def classify(self, idx, segments=None, mask=None):
+        """idx (B, T) int64 -> scores of the labels (B, n_labels). Arguments: see `encode`."""
+        return self.label_head(F.dropout(
+            self.pool(self.encode(idx, segments, mask)[:, 0]), self.config.dropout, self.training
+        ))
+
+    def loss(self, idx, segments, mask, mlm_labels, nsp_labels=None):
+        """The paper's loss: the mean over hidden tokens + the mean over pairs (A.2).
+
+        mlm_labels (B, T) int64: the token that was there, -100 where nothing is asked; the head is
+        computed for the others alone. nsp_labels (B,) int64: 0 if B continues A, else 1.
+        """
+        at = (mlm_labels.flatten() != -100).nonzero()[:, 0]  # (N,)
+        mlm_logits, nsp_logits = self(idx, segments, mask, at)
+        loss = F.cross_entropy(mlm_logits, mlm_labels.flatten()[at])
+        if nsp_labels is not None and nsp_logits is not None:
+            loss = loss + F.cross_entropy(nsp_logits, nsp_labels)
+        return loss
+
+
+# Under these names the training below is the same text in every model file.
+Model, Config, NAME = BERT, BERTConfig, "bert"
+
+# --------------------------------------------------------------------------------------------------
+# 5. The objective: say which tokens were hidden, and whether B continues A
+# --------------------------------------------------------------------------------------------------
+
+SPECIAL_TOKENS = ["[PAD]", "[CLS]", "[SEP]", "[MASK]"]
+SEPARATOR = "[SEP]"  # before the first document, between documents and after the last
+TOKEN_LOSS = "mlm_loss"  # what perplexity is computed from
+
+
+@dataclass
+class ObjectiveConfig:
+    """What is hidden, and how long the sequences are."""
+
+    mask_prob: float = 0.15  # share of a sequence's tokens that are asked for
+    short_prob: float = 0.1  # share of batches that have a random, shorter length
+
+    def __post_init__(self):
+        if not 0 < self.mask_prob < 1:
+            raise ValueError(f"mask_prob {self.mask_prob} is not between 0 and 1")
+        if not 0 <= self.short_prob <= 1:
+            raise ValueError(f"short_prob {self.short_prob} is not between 0 and 1")
+
+
+class Documents:
+    """Where the documents of a stream of tokens lie; a single one is cut into several.
+
+    starts, ends, sizes, last (n,) int64: document i is tokens[starts[i] : ends[i]], and last[i] is
+    how many tokens documents 0 to i have together.
+    """
+
+    def __init__(self, edges, length: int):
+        """edges: where the separators stand; length: about what a single one is cut into."""
+        starts, ends = edges[:-1] + 1, edges[1:]
+        starts, ends = starts[starts < ends], ends[starts < ends]  # none that is empty
+        if len(starts) == 1:
+            n = max((ends[0] - starts[0]) // length, 2)
+            cuts = np.linspace(starts[0], ends[0], n + 1).astype(np.int64)
+            starts, ends = cuts[:-1], cuts[1:]
+        self.starts, self.ends, self.sizes = starts, ends, ends - starts
+        self.last = np.cumsum(self.sizes)
+
+    def locate(self, number):
+        """The token of a number (n,) int64 -> (its document, its place in the stream)."""
+        document = np.searchsorted(self.last, number, side="right")
+        return document, self.ends[document] - (self.last[document] - number)
+
+    def elsewhere(self, document, luck):
+        """A token outside the document, each as likely -> (its document, its place)."""
+        size = self.sizes[document]
+        number = (luck * (self.last[-1] - size)).astype(np.int64)
+        return self.locate(np.where(number < self.last[document] - size, number, number + size))
+
+    def around(self, document, token, length, luck):
+        """Where a window of at most `length` around the token begins -> (begin, length)."""
+        length = np.minimum(length, self.sizes[document])
+        begin = token - (luck * length).astype(np.int64)
+        return np.clip(begin, self.starts[document], self.ends[document] - length), length
+
+
+@functools.lru_cache(4)
+def documents_of(corpus, part: str, block_size: int) -> Documents:
+    """The documents of corpus.train or corpus.validation."""
+    return Documents(corpus.edges(part), 8 * block_size)
+
+
+def rows_per_epoch(corpus, config: Config, objective: ObjectiveConfig) -> int:
+    """How many sequences the training part fills. Raises ValueError where it is too short."""
+    T = config.block_size
+    texts = [int(documents_of(corpus, part, T).sizes.sum()) for part in ("train", "validation")]
+    if min(texts) < T:
+        raise ValueError(
+            f"the text is too short: {texts[0]} tokens to train on and {texts[1]} to validate do "
+            f"not fill sequences of {T}; give more text or a smaller --block_size"
+        )
+    return texts[0] // T
+
+
+def text_room(config: Config, T: int) -> int:
+    """How many of T tokens are text: all but [CLS] and the [SEP] behind each segment."""
+    return T - (3 if config.nsp else 2)
+
+
+def draw_segments(config: Config, documents, document, begin, length, foreign, generator):
+    """Cut windows into A and B, a fifth at least; where foreign (n,) is 1, B becomes a piece of
+    another document. (The paper cuts between sentences, of which 128 tokens have about five.)
+
+    -> where the segments begin in the stream, and their lengths: a, a_length, b, b_length (n,)
+    int64. Without pairs the window is A, and b_length is -1.
+    """
+    if not config.nsp:
+        return begin, length, begin, np.full(len(begin), -1)
+    luck = generator.random((len(begin), 3))
+    a_length = np.maximum(np.rint((0.2 + 0.6 * luck[:, 0]) * length), 1).astype(np.int64)
+    b, b_length = begin + a_length, length - a_length
+    elsewhere, token = documents.elsewhere(document, luck[:, 1])
+    other, other_length = documents.around(elsewhere, token, b_length, luck[:, 2])
+    return begin, a_length, np.where(foreign, other, b), np.where(foreign, other_length, b_length)
+
+
+def lay_out(tokens, a, a_length, b, b_length, T: int, special: dict[str, int]):
+    """Rows [CLS] A [SEP] B [SEP], then [PAD] up to T; b_length -1 leaves "B [SEP]" out.
+
+    -> idx, segments (n, T) int64, and (n, T) bool: where the text's own tokens are.
+    """
+    column = np.arange(T)  # (T,)
+    a, a_length, b, b_length = (x[:, None] for x in (a, a_length, b, b_length))  # (n, 1)
+    end_a = 1 + a_length  # where the first [SEP] stands
+    end_b = end_a + 1 + b_length  # and the second
+    in_a = (column > 0) & (column < end_a)
+    in_b = (column > end_a) & (column < end_b)
+    place = np.where(in_a, a + column - 1, b + column - end_a - 1)
+    own = in_a | in_b
+    idx = tokens[np.where(own, place, 0)].astype(np.int64)
+    idx = np.where(own, idx, np.where(column > end_b, special["[PAD]"], special["[SEP]"]))
+    idx[:, 0] = special["[CLS]"]
+    return idx, ((column > end_a) & (column <= end_b)).astype(np.int64), own
+
+
+def hide_tokens(idx, own, real, mask_prob: float, ordinary, mask_id: int, generator):
+    """Choose tokens to ask for: mask_prob of a row's length, rounded, at least one (A.1).
+
+    8 in 10 of them become [MASK], 1 in 10 another token, 1 in 10 stays: so the model has to keep a
+    guess for every token, since none is above suspicion. idx (n, T); own (n, T) bool: which may be
+    chosen; real (n, T) bool: all but padding -> (what the model gets to see, labels), (n, T).
+    """
+    luck = generator.random((*idx.shape, 3))
+    count = np.maximum(np.rint(mask_prob * real.sum(axis=1)), 1)  # (n,)
+    order = np.where(own, luck[:, :, 0], 2.0).argsort(axis=1)  # the text's own tokens come first
+    rank = np.empty_like(order)
+    np.put_along_axis(rank, order, np.arange(idx.shape[1])[None], axis=1)
+    chosen = (rank < count[:, None]) & own
+    fate = luck[:, :, 1]
+    seen = np.where(fate < 0.8, mask_id, idx)
+    replaced = ordinary[(luck[:, :, 2] * len(ordinary)).astype(np.int64)]
+    seen = np.where(fate >= 0.9, replaced, seen)
+    return np.where(chosen, seen, idx), np.where(chosen, idx, -100)
+
+
+def make_batch(corpus, config, objective, tokens, segments, foreign, T, generator) -> dict:
+    """A batch: idx, segments, mlm_labels (n, T), with pairs nsp_labels (n,), and where something is
+    padded, mask (n, T)."""
+    special = corpus.tokenizer.special
+    idx, segment, own = lay_out(tokens, *segments, T, special)
+    real = idx != special["[PAD]"]
+    ordinary = np.flatnonzero(corpus.token_bytes)  # tokens that spell something
+    seen, labels = hide_tokens(
+        idx, own, real, objective.mask_prob, ordinary, special["[MASK]"], generator)
+    arrays = dict(idx=seen, segments=segment, mlm_labels=labels)
+    arrays |= {"nsp_labels": foreign} if config.nsp else {}
+    arrays |= {} if real.all() else {"mask": real}
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def train_batch(
+    corpus, config: Config, objective: ObjectiveConfig, run: "TrainConfig", step: int
+) -> dict:
+    """A step's batch (see `make_batch`), which depends on (seed, step) alone.
+
+    An epoch goes through the text's tokens block_size apart, from a random offset and in random
+    order, and lays a sequence around each; the sequence stays inside the token's document. Half of
+    the pairs of a batch are neighbours. One batch in ten is of a random, shorter length (A.2), the
+    same for all its rows, so nothing has to be padded but what a short document leaves empty.
+    """
+    from data import shuffled_rows
+
+    rows, T, generator = run.rows, config.block_size, np.random.default_rng((run.seed, step))
+    if generator.random() < objective.short_prob:
+        T = int(generator.integers(8, T + 1))
+    documents = documents_of(corpus, "train", config.block_size)
+    n = rows_per_epoch(corpus, config, objective)
+    row, luck = shuffled_rows(n, run.seed, step * rows, rows)
+    document, token = documents.locate(((row + luck) / n * documents.last[-1]).astype(np.int64))
+    begin, length = documents.around(document, token, text_room(config, T), generator.random(rows))
+    foreign = (step * rows + np.arange(rows)) % 2
+    segments = draw_segments(config, documents, document, begin, length, foreign, generator)
+    return make_batch(corpus, config, objective, corpus.train, segments, foreign, T, generator)
+
+
+def eval_batches(corpus, config: Config, objective: ObjectiveConfig, rows: int):
+    """The whole validation part in windows, and with pairs each window twice: as it is, and with
+    another B. Masks and pairs are always drawn alike, whatever the seed and the number of rows.
+    """
+    T = config.block_size
+    documents, room = documents_of(corpus, "validation", T), text_room(config, T)
+    windows = -(-documents.sizes // room)  # of each document, rounded up
+    document = np.repeat(np.arange(len(windows)), windows)
+    within = np.arange(len(document)) - (np.cumsum(windows) - windows)[document]
+    length = np.minimum(documents.sizes[document], room)
+    begin = np.minimum(  # a document's last window ends where the document ends
+        documents.starts[document] + within * room, documents.ends[document] - length)
+    if config.nsp:
+        document, begin, length = (np.repeat(x, 2) for x in (document, begin, length))
+    foreign = np.arange(len(begin)) % 2
+    generator = np.random.default_rng(0)
+    segments = draw_segments(config, documents, document, begin, length, foreign, generator)
+    for i in range(0, len(begin), rows):
+        yield make_batch(
+            corpus, config, objective, corpus.validation, [x[i : i + rows] for x in segments],
+            foreign[i : i + rows], T, generator,
+        )
+
+
+class CrossEntropy(torch.autograd.Function):
+    """The sum of -log softmax(logits)[target] over logits (N, V), targets (N,); -100 for none.
+
+    Its gradient is softmax(logits) - onehot(target), so the probabilities are turned into it right
+    away and kept in the logits' own type. `F.cross_entropy` computes the same (a test compares
+    them), but passes over N x V float32 numbers three more times.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, targets):
+        asked = (targets >= 0).unsqueeze(1)  # (N, 1)
+        target = targets.clamp(min=0).unsqueeze(1)  # (N, 1)
+        gradient = F.softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+        likelihood = gradient.gather(1, target).clamp(min=torch.finfo(gradient.dtype).tiny)
+        gradient.scatter_add_(1, target, -torch.ones_like(likelihood))
+        if not asked.all():
+            gradient.mul_(asked)
+        ctx.save_for_backward(gradient.to(logits.dtype))
+        return -(likelihood.log() * asked).sum()
+
+    @staticmethod
+    def backward(ctx, scale):
+        return ctx.saved_tensors[0] * scale.to(ctx.saved_tensors[0].dtype), None
+
+
+def loss_sum(model: BERT, batch: dict):
+    """(sum of the hidden tokens' losses, their weight: how many they are, metrics).
+
+    Each pair's loss counts as often as the row has hidden tokens, so that sum / weight is the
+    paper's mean over tokens + mean over pairs, and parts of a batch can still be added up. A
+    metric is a pair of sums, a numerator and a denominator.
+    """
+    labels = batch["mlm_labels"].flatten()  # (B * T,)
+    at = (labels != -100).nonzero()[:, 0]  # (N,)
+    mlm_logits, nsp_logits = model(batch["idx"], batch["segments"], batch.get("mask"), at)
+    target = labels[at]
+    loss = CrossEntropy.apply(mlm_logits, target)
+    weight, metrics = labels.new_tensor(len(at)), {}
+    if not model.training:
+        metrics["mlm_loss"] = loss, weight
+        metrics["mlm_accuracy"] = (mlm_logits.argmax(dim=-1) == target).sum(), weight
+    if nsp_logits is not None:
+        pair = F.cross_entropy(nsp_logits.float(), batch["nsp_labels"], reduction="none")  # (B,)
+        loss = loss + (pair * (batch["mlm_labels"] != -100).sum(dim=1)).sum()
+        right = nsp_logits.argmax(dim=-1) == batch["nsp_labels"]
+        metrics["nsp_accuracy"] = right.sum(), labels.new_tensor(len(right))
+    return loss, weight, metrics
+
+
+def count_tokens(batch: dict) -> int:
+    """How many tokens the model reads in a batch, padding left out."""
+    return int(batch["mask"].sum()) if "mask" in batch else batch["idx"].numel()
+
+
+def count_flops(model: BERT, batch: dict) -> float:
+    """Floating-point operations of a step: 2 forward and 4 backward for each weight of a matrix
+    product and token that meets it, and as many for each number in attention's two products."""
+    config, (B, T) = model.config, batch["idx"].shape
+    C, hidden = config.n_embd, int((batch["mlm_labels"] != -100).sum())
+    attention = B * T * config.n_layer * (4 * C * C + 2 * T * C)
+    feed_forward = (B * T * (config.n_layer - 1) + hidden + B) * 2 * C * config.ff_width
+    heads = hidden * (C * C + C * config.vocab_size) + B * (C * C + 2 * C) * config.nsp
+    return 6 * (attention + feed_forward + heads)
+
+
+# --------------------------------------------------------------------------------------------------
+# 6. Generation: fill what is hidden
+# --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class GenerateConfig:
+    """What to fill."""
+
+    prompt: str = "The cat sat on the [MASK]."  # a text in which [MASK] stands for a hidden token
+    top_k: int = 5  # how many candidates to show for each
+
+    def __post_init__(self):
+        if self.top_k < 1:
+            raise ValueError("top_k has to be at least 1")
+
+
+@torch.no_grad()
+def guess(model: BERT, idx, mask_id: int):
+    """idx (T,) int64 -> the places of its masks (M,), probabilities of the tokens there (M, V)."""
+    at = (idx == mask_id).nonzero()[:, 0]
+    mlm_logits, _ = model(idx[None], at=at)
+    return at, F.softmax(mlm_logits.float(), dim=-1)
+
+
+def fill(model: BERT, idx, mask_id: int):
+    """Fill all masks of idx (T,), the surest first, so that each guess knows of those before it."""
+    idx = idx.clone()
+    while (idx == mask_id).any():
+        at, probability = guess(model, idx, mask_id)
+        best, token = probability.max(dim=-1)  # (M,)
+        surest = best.argmax()
+        idx[at[surest]] = token[surest]
+    return idx
+
+
+def encode_prompt(prompt: str, tokenizer, block_size: int) -> list[int]:
+    """[CLS] prompt [SEP] as ids. Tokens begin with the space before a word, so a space in front of
+    [MASK] belongs to what is hidden. Raises ValueError without a [MASK], or beyond block_size."""
+    special = tokenizer.special
+    parts = prompt.replace(" [MASK]", "[MASK]").split("[MASK]")
+    if len(parts) == 1:
+        raise ValueError('the prompt has no [MASK]: write one, as in "The cat sat on the [MASK]."')
+    ids = [special["[CLS]"], *tokenizer.encode(parts[0])]
+    for part in parts[1:]:
+        ids += [special["[MASK]"], *tokenizer.encode(part)]
+    ids.append(special["[SEP]"])
+    if len(ids) > block_size:
+        raise ValueError(f"the prompt has {len(ids)} tokens, at most {block_size} fit: shorten it")
+    return ids
+
+
+def write_samples(model: BERT, checkpoint: dict, options: GenerateConfig) -> None:
+    """What `generate` prints on standard output: a table of candidates, then the text filled."""
+    tokenizer = checkpoint["tokenizer"]
+    ids = encode_prompt(options.prompt, tokenizer, model.config.block_size)
+    idx = torch.tensor(ids, device=next(model.parameters()).device)
+    mask_id = tokenizer.special["[MASK]"]
+    _, probability = guess(model, idx, mask_id)
+    best, tokens = probability.topk(min(options.top_k, probability.size(1)))  # (M, k)
+    columns = []  # one per mask: its heading, then words and probabilities
+    for i, (row, share) in enumerate(zip(tokens.tolist(), best.tolist()), 1):
+        words = [tokenizer.decode([token]) for token in row]
+        words = [
+            word.strip() if word.strip() and word.isprintable() else json.dumps(word)
+            for word in words
+        ]
+        width = max(map(len, words))
+        cells = [f"{word:<{width}} {100 * p:5.1f} %" for word, p in zip(words, share)]
+        width = max(map(len, cells))
+        columns.append([f"{f'[MASK] {i}' if len(best) > 1 else '[MASK]':<{width}}", *cells])
+    print(*("   ".join(line).rstrip() for line in zip(*columns)), "", sep="\n")
+    print(tokenizer.decode(fill(model, idx, mask_id)[1:-1].tolist()))
+
+
+def demonstrate(model: BERT, corpus, length: int) -> str:
+    """A sample for the log: a text of the validation part in which some tokens were hidden, with
+    the guesses in brackets: [right], or [wrong/what stood there]."""
+    tokenizer, documents = corpus.tokenizer, documents_of(
+        corpus, "validation", model.config.block_size)
+    begin, special = documents.starts[0], tokenizer.special
+    length = min(length, model.config.block_size - 2, int(documents.sizes[0]))
+    text = corpus.validation[begin : begin + length].tolist()
+    idx = torch.tensor([special["[CLS]"], *text, special["[SEP]"]])
+    idx[torch.randperm(length)[: max(round(0.15 * length), 1)] + 1] = special["[MASK]"]
+    at, probability = guess(model, idx.to(next(model.parameters()).device), special["[MASK]"])
+    spelled = [tokenizer.decode_bytes([token]) for token in text]
+    for place, token in zip((at - 1).tolist(), probability.argmax(dim=-1).tolist()):
+        truth, guessed = spelled[place], tokenizer.decode_bytes([token])
+        space = truth[: len(truth) - len(truth.lstrip())]
+        wrong = b"" if guessed == truth else guessed.strip() + b"/"
+        spelled[place] = space + b"[" + wrong + truth.strip() + b"]"
+    return b"".join(spelled).decode("utf-8", "replace")
+
+
+def generate_speeds(model: BERT) -> dict[str, float]:
+    """BERT writes no text, so there is no speed of it."""
+    return {}
+
+
+# --------------------------------------------------------------------------------------------------
+# 7. Training: from here on the three model files are the same, letter by letter
+# --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class RunConfig:
+    """Which weights, on which machine."""
+
+    out_dir: str = f"out/{NAME}"  # folder of a run: checkpoints, log and chart
+    init_from: str = ""  # a checkpoint; without it, out_dir's best.pt or else its ckpt.pt
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: the best there is
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: the fastest there is
+    seed: int = 0  # of all random draws: the same seed, the same result
+
+
+@dataclass
+class TrainConfig(RunConfig):
+    """What to learn from, for how long, and how fast."""
+
+    init_from: str = "scratch"  # scratch, resume (what out_dir holds), or a checkpoint
+    data: str = "input.txt"  # a file, folder or URL, or shakespeare, tinystories, imdb
+    max_steps: int = RECIPES["laptop"]["max_steps"]  # optimizer steps
+    epochs: float = 0.0  # passes over the training part; if given, max_steps follows from it
+    batch_size: int = RECIPES["laptop"]["batch_size"]  # sequences that are computed at once
+    grad_accum: int = 1  # such batches per step; their gradients are added
+    optimizer: Literal["muon", "adamw"] = "muon"  # muon: for matrices, with AdamW for all else
+    lr: float = RECIPES["laptop"]["lr"]  # AdamW's highest learning rate
+    matrix_lr: float = RECIPES["laptop"]["matrix_lr"]  # Muon's highest learning rate
+    weight_decay: float = 0.0  # matrices shrink by this times the learning rate at each step
+    warmup_steps: int = 20  # steps in which the learning rate rises
+    schedule: Literal["linear", "cosine"] = "linear"  # how it falls to zero afterwards
+    grad_clip: float = 1.0  # largest norm of the gradient; longer ones are scaled down (0: never)
+    log_interval: int = 10  # steps between two lines of the log
+    eval_interval: int = 100  # steps between two evaluations, each with a checkpoint
+    snapshot_interval: int = 0  # steps between two checkpoints that are kept for good (0: none)
+    compile: bool = False  # torch.compile: pays on a GPU, in long runs
+
+    def __post_init__(self):
+        for name in ("max_steps", "batch_size", "grad_accum", "log_interval", "eval_interval"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} has to be at least 1")
+        for name in (
+            "seed", "epochs", "lr", "matrix_lr", "weight_decay",
+            "warmup_steps", "grad_clip", "snapshot_interval",
+        ):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name} cannot be negative")
+
+    @property
+    def rows(self) -> int:
+        return self.batch_size * self.grad_accum  # sequences per step
+
+
+def orthogonalize(matrices, steps: int = 5):
+    """Newton-Schulz iteration: the nearest matrices whose singular values are all about 1.
+
+    matrices (n, rows, cols), in the dtype that multiplies fastest. X <- aX + b(XX^T)X + c(XX^T)^2 X
+    moves each singular value s to as + bs^3 + cs^5, and these a, b, c bring all of (0, 1] near 1 in
+    five rounds (Jordan 2024, https://kellerjordan.github.io/posts/muon).
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    wide = matrices.size(-2) <= matrices.size(-1)
+    X = matrices if wide else matrices.mT
+    X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        A = X @ X.mT
+        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
+    return X if wide else X.mT
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for inner matrices, AdamW for all else: one optimizer, so one overflow skips both.
+
+    AdamW steps by a fixed size in each *number*; Muon, in each *direction* of a matrix: it takes
+    the gradient's (Nesterov) momentum and makes all its singular values 1, so that rare directions
+    are learned as fast as common ones. Matrices of equal shape are stacked, for one product.
+    """
+
+    def __init__(self, model: nn.Module, run: TrainConfig, dtype: torch.dtype):
+        self.dtype = dtype  # of the Newton-Schulz products
+        kinds = {}  # (kind, shape) -> parameters
+        for name, p in model.named_parameters():
+            inner = p.ndim == 2 and not ("embedding" in name or "head" in name)
+            if run.optimizer == "muon" and inner:
+                kinds.setdefault(
+                    ("muon", (len(p) // getattr(p, "maps", 1), p.size(1))), []
+                ).append(p)
+            else:
+                kinds.setdefault(("adamw", p.ndim >= 2), []).append(p)
+        groups = []
+        for (kind, detail), params in kinds.items():
+            highest = run.matrix_lr if kind == "muon" else run.lr
+            decay = run.weight_decay if detail else 0.0  # biases and norms do not decay
+            groups.append(dict(
+                params=params, kind=kind, shape=detail,
+                lr=highest, highest_lr=highest, weight_decay=decay,
+            ))
+        super().__init__(groups, {})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            (self.step_muon if group["kind"] == "muon" else self.step_adamw)(group)
+
+    def step_muon(self, group, momentum: float = 0.95):
+        params, lr, (rows, cols) = group["params"], group["lr"], group["shape"]
+        gradient = torch.cat([p.grad.view(-1, rows, cols) for p in params])  # (n, rows, cols)
+        state = self.state[params[0]]  # of the whole stack
+        if not state:
+            state["momentum"] = torch.zeros_like(gradient)
+        average = state["momentum"].lerp_(gradient, 1 - momentum)
+        ahead = gradient.lerp(average, momentum)
+        directions = orthogonalize(ahead.to(self.dtype)).to(gradient.dtype)  # (n, rows, cols)
+        lr_of_shape = lr * max(1, rows / cols) ** 0.5
+        for p, direction in zip(params, directions.split([len(p) // rows for p in params])):
+            p.mul_(1 - lr * group["weight_decay"]).sub_(
+                direction.reshape(p.shape), alpha=lr_of_shape
+            )
+
+    def step_adamw(self, group, betas=(0.9, 0.95), eps: float = 1e-8):
+        """p -= lr * (mean of g) / (root of mean g^2), means of recent steps (Kingma & Ba 2015)."""
+        params, states = group["params"], [self.state[p] for p in group["params"]]
+        for p, state in zip(params, states):
+            if not state:
+                state.update(
+                    count=torch.zeros((), device=p.device),
+                    mean=torch.zeros_like(p), square=torch.zeros_like(p),
+                )
+        adamw(  # fused: all in one kernel
+            params, [p.grad for p in params], [state["mean"] for state in states],
+            [state["square"] for state in states], [], [state["count"] for state in states],
+            fused=True, amsgrad=False, maximize=False, beta1=betas[0], beta2=betas[1],
+            lr=group["lr"], weight_decay=group["weight_decay"], eps=eps,
+        )
+
+
+def schedule(step: int, run: TrainConfig) -> float:
+    """The share of the highest learning rate at a step (from 0): up in a line, down to zero."""
+    if step < run.warmup_steps:
+        return (step + 1) / (run.warmup_steps + 1)
+    left = (run.max_steps - step) / max(run.max_steps - run.warmup_steps, 1)  # from 1 down to 0
+    return left if run.schedule == "linear" else 0.5 - 0.5 * math.cos(math.pi * left)
+
+
+def update(model, batch: dict, optimizer, scaler, autocast, run: TrainConfig) -> torch.Tensor:
+    """One optimizer step, computed in run.grad_accum parts. Returns the loss per token."""
+    model.train()
+    rows = len(next(iter(batch.values())))
+    size, device = math.ceil(rows / run.grad_accum), next(model.parameters()).device
+    loss, weight = 0.0, 0.0
+    for i in range(0, rows, size):
+        part = {name: tensor[i : i + size].to(device) for name, tensor in batch.items()}
+        with autocast:
+            part_loss, part_weight, _ = loss_sum(model, part)
+        scaler.scale(part_loss / rows).backward()
+        loss, weight = loss + part_loss.detach(), weight + part_weight
+    scaler.unscale_(optimizer)
+    # Only now is the whole batch's weight known: from the sum per row to the mean per token; clip.
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    factor = rows / weight
+    if run.grad_clip:
+        length = torch.nn.utils.get_total_norm(gradients) * factor
+        factor = factor * (run.grad_clip / (length + 1e-6)).clamp(max=1)
+    for gradient in gradients:
+        gradient.mul_(factor)
+    scaler.step(optimizer)  # in float16: unless a gradient overflowed
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return loss / weight
+
+
+@torch.no_grad()
+def evaluate(model, batches, autocast) -> dict[str, float]:
+    """val_loss and the objective's metrics over all batches: each a quotient of two sums."""
+    model.eval()
+    device = next(model.parameters()).device
+    sums = {}
+    for batch in batches:
+        with autocast:
+            loss, weight, metrics = loss_sum(
+                model, {name: tensor.to(device) for name, tensor in batch.items()}
+            )
+        for name, (over, under) in {"val_loss": (loss, weight), **metrics}.items():
+            total = sums.setdefault(name, [0.0, 0.0])
+            total[0] += float(over)
+            total[1] += float(under)
+    return {name: over / under for name, (over, under) in sums.items()}
+
+
+class Trainer:
+    """A run: its corpus, model and optimizer, and how far it is.
+
+    Step n's batch and dropout are drawn from (seed, n), so a resumed run goes on exactly as if it
+    had never been stopped, and a checkpoint has to hold no generator's state.
+    """
+
+    def __init__(
+        self, run: TrainConfig, config: Config, objective: ObjectiveConfig,
+        checkpoint: dict | None = None,
+    ):
+        """checkpoint: what `data.load_checkpoint` read. With --init_from resume the run goes on
+        from its step; otherwise only its weights and tokenizer are taken."""
+        import data
+
+        self.out_dir = Path(run.out_dir)
+        self.device = data.choose_device(run.device)
+        self.dtype = data.choose_dtype(run.dtype, self.device)
+        if self.device.type == "cpu":
+            data.keep_freed_memory()
+        tokenizer = checkpoint["tokenizer"] if checkpoint else None
+        self.corpus = data.prepare(
+            run.data, config.vocab_size, SPECIAL_TOKENS, SEPARATOR, tokenizer
+        )
+        self.config = replace(config, vocab_size=self.corpus.tokenizer.vocab_size)
+        self.objective = objective
+        epoch = rows_per_epoch(self.corpus, self.config, objective)
+        steps = max(math.ceil(run.epochs * epoch / run.rows), 1) if run.epochs else run.max_steps
+        self.run = run = replace(
+            run, max_steps=steps, epochs=0.0, dtype=str(self.dtype).removeprefix("torch.")
+        )
+
+        torch.manual_seed(run.seed)
+        self.model = Model(self.config).to(self.device)
+        self.optimizer = Muon(self.model, run, self.dtype)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.autocast = data.autocast_to(self.dtype, self.device)
+        self.step, self.best = 0, math.inf
+        if checkpoint:
+            self.model.load_state_dict(checkpoint["model"])
+            if run.init_from == "resume":
+                self.step, self.best = checkpoint["step"], checkpoint["best_loss"]
+                groups = self.optimizer.state_dict()["param_groups"]  # as the flags say now
+                self.optimizer.load_state_dict(checkpoint["optimizer"] | {"param_groups": groups})
+                self.scaler.load_state_dict(checkpoint["scaler"])
+        self.compiled = torch.compile(self.model) if run.compile else self.model
+        self.log = data.RunLog(self.out_dir, self.step if run.init_from == "resume" else None)
+
+    def train(self) -> bool:
+        """Train to max_steps; False if Ctrl-C came first. Either way ckpt.pt is up to date."""
+        from data import interrupts
+
+        run = self.run
+        pending = []  # loss and number of tokens of the steps since the last report
+        self.begin()
+        with interrupts() as pressed:
+            self.since = time.perf_counter()
+            while self.step < run.max_steps and not pressed:
+                pending.append(self.train_step())
+                self.step += 1
+                evaluating = self.step % run.eval_interval == 0 or self.step == run.max_steps
+                keeping = run.snapshot_interval and self.step % run.snapshot_interval == 0
+                if keeping or pressed:  # nothing is saved of a run that has come apart
+                    self.check(float(pending[-1][0]), self.step)
+                if evaluating or self.step % run.log_interval == 0:
+                    self.report(pending)
+                    pending = []
+                if evaluating:
+                    self.evaluate_and_save()
+                if keeping:
+                    self.save(f"ckpt_{self.step:06d}.pt")
+            if pressed and self.step < run.max_steps:
+                self.save("ckpt.pt")
+        return self.step >= run.max_steps
+
+    def train_step(self) -> tuple[torch.Tensor, int]:
+        """One step on its batch; returns the loss per token and how many tokens it read."""
+        run = self.run
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["highest_lr"] * schedule(self.step, run)
+        torch.manual_seed(hash((run.seed, self.step)))  # for dropout
+        batch = train_batch(self.corpus, self.config, self.objective, run, self.step)
+        return (
+            update(self.compiled, batch, self.optimizer, self.scaler, self.autocast, run),
+            count_tokens(batch),
+        )
+
+    def evaluate_and_save(self) -> None:
+        """Evaluate, log, show a sample; keep the weights if the best so far; save the state."""
+        batches = eval_batches(self.corpus, self.config, self.objective, self.run.batch_size)
+        found = evaluate(self.model, batches, self.autocast)
+        self.check(found["val_loss"], self.step)
+        self.log.write(step=self.step, **found)
+        self.log.say("  ".join(
+            [f"step {self.step}", *(f"{name} {value:.4f}" for name, value in found.items())]
+        ))
+        if self.step < self.run.max_steps:
+            self.log.say(*("    " + line for line in self.show(40).splitlines() if line))
+        if found["val_loss"] < self.best:
+            self.best = found["val_loss"]
+            self.save("best.pt", weights_only=True)
+        self.save("ckpt.pt")
+        self.log.draw(f"{NAME}: loss per token, {self.step} of {self.run.max_steps} steps")
+        self.since = time.perf_counter()
+
+    def show(self, length: int) -> str:
+        """A sample of what the model can do by now."""
+        torch.manual_seed(self.run.seed)
+        self.model.eval()
+        with self.autocast:
+            return demonstrate(self.model, self.corpus, length)
+
+    def report(self, pending: list) -> None:
+        """Log the mean loss since the last report. Raises ValueError if the run has come apart."""
+        run = self.run
+        losses = torch.stack([loss for loss, _ in pending]).tolist()  # (waits for the device)
+        seconds, self.since = time.perf_counter() - self.since, time.perf_counter()
+        for step, loss in enumerate(losses, self.step - len(losses) + 1):
+            self.check(loss, step)
+        loss, lr = sum(losses) / len(losses), schedule(self.step - 1, run) * run.lr
+        speed = sum(tokens for _, tokens in pending) / seconds
+        self.log.write(step=self.step, loss=loss, lr=lr, tokens_per_second=round(speed))
+        left = (run.max_steps - self.step) * seconds / len(losses)
+        self.log.progress(
+            f"step {self.step}/{run.max_steps}  loss {loss:.3f}  {speed:,.0f} tokens/s  "
+            f"{left // 60:.0f}:{left % 60:02.0f} left"
+        )
+
+    def check(self, loss: float, step: int) -> None:
+        """Raises ValueError for a loss that is no number any more."""
+        if not math.isfinite(loss):
+            raise ValueError(
+                f"the loss became {loss} at step {step}; the last good checkpoint is kept "
+                f"in {self.out_dir}. Try half the --lr and --matrix_lr, a longer --warmup_steps, "
+                "or --dtype float32"
+            )
+
+    def begin(self) -> None:
+        """Say what comes; write run.json, tokenizer.json and, for a new run, the first ckpt.pt."""
+        from data import replacing
+
+        corpus, config, run = self.corpus, self.config, self.run
+        with replacing(self.out_dir / "run.json", "w") as file:
+            json.dump(asdict(config) | asdict(self.objective) | asdict(run), file, indent=1)
+        corpus.tokenizer.save(self.out_dir / "tokenizer.json")
+        weights = sum(p.numel() for p in self.model.parameters())
+        self.log.say(
+            f"data: {run.data}, {corpus.documents:,} document{'s' * (corpus.documents != 1)}; "
+            f"{len(corpus.train):,} tokens to train on, {len(corpus.validation):,} to validate; "
+            f"vocabulary of {config.vocab_size:,}",
+            f"model: {weights / 1e6:.2f} million parameters, on {self.device.type} in {run.dtype}; "
+            f"{run.max_steps:,} steps of {run.rows} sequences",
+        )
+        if self.step:
+            self.log.say(f"resumed at step {self.step}")
+        else:
+            self.save("ckpt.pt")
+        if run.init_from == "scratch":
+            (self.out_dir / "best.pt").unlink(missing_ok=True)  # of an earlier run
+
+    def save(self, name: str, weights_only: bool = False) -> None:
+        """Write a checkpoint: tensors and plain types only. The old one stays until it is whole."""
+        from data import replacing
+
+        state = dict(
+            name=NAME, step=self.step, best_loss=self.best,
+            config=asdict(self.config), objective=asdict(self.objective), run=asdict(self.run),
+            documents=self.corpus.documents, model=self.model.state_dict(),
+        )
+        if not weights_only:
+            state |= dict(optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict())
+        with replacing(self.out_dir / name) as file:
+            torch.save(state, file)
+
+
+# --------------------------------------------------------------------------------------------------
+# 8. The command line
+# --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class EvalConfig(RunConfig):
+    """What to evaluate on."""
+
+    data: str = ""  # as in training; without it, what the model was trained on
+    batch_size: int = 32  # sequences that are computed at once
+
+
+def train_command(settings: dict, given: dict) -> int:
+    """Train, from scratch, from a checkpoint's weights, or where a run was stopped."""
+    import data
+
+    init_from, checkpoint = settings["init_from"], None
+    if init_from != "scratch":
+        folder = Path(settings["out_dir"])
+        if init_from == "resume" and not (folder / "ckpt.pt").exists():
+            raise ValueError(
+                f"nothing to resume in {folder}: no ckpt.pt; "
+                "train with --init_from scratch, or set --out_dir"
+            )
+        path = folder / "ckpt.pt" if init_from == "resume" else init_from
+        checkpoint, _ = data.load_checkpoint(path, NAME, lambda config: Model(Config(**config)))
+        for name, value in checkpoint["config"].items():
+            if name in given and given[name] != value and name != "dropout":
+                raise ValueError(
+                    f"--{name} {given[name]} does not fit the checkpoint, "
+                    f"which has {value}: leave it out"
+                )
+        settings |= checkpoint["config"] | {k: v for k, v in given.items() if k == "dropout"}
+        if init_from == "resume":
+            settings |= checkpoint["objective"] | checkpoint["run"] | given
+            settings["out_dir"] = str(folder)  # also when it has been moved since
+    config, objective, run = (
+        data.build(cls, settings) for cls in (Config, ObjectiveConfig, TrainConfig)
+    )
+    trainer = Trainer(run, config, objective, checkpoint)
+    again = "" if run.out_dir == f"out/{NAME}" else f" --out_dir {run.out_dir}"
+    if not trainer.train():
+        trainer.log.say(
+            f"stopped at step {trainer.step}. To go on: python {NAME}.py --init_from resume{again}"
+        )
+        return 130
+    trainer.log.say(
+        *("", trainer.show(400).strip(), ""),
+        f"Done: {run.out_dir} holds the checkpoints, log.jsonl and loss.svg. Try next:",
+        f"  python {NAME}.py generate{again}",
+        f"  python {NAME}.py eval{again}",
+        f"  python {NAME}.py --init_from resume --max_steps {2 * trainer.run.max_steps}{again}",
+    )
+    return 0
+
+
+def load_model(load: RunConfig):
+    """(model, checkpoint, device, dtype): the weights that --init_from or --out_dir name."""
+    import data
+
+    paths = [load.init_from] if load.init_from else [
+        Path(load.out_dir) / name for name in ("best.pt", "ckpt.pt")
+    ]
+    path = next((path for path in paths if Path(path).exists()), paths[-1])
+    checkpoint, model = data.load_checkpoint(path, NAME, lambda config: Model(Config(**config)))
+    data.say(f"{path}: step {checkpoint['step']}")
+    device = data.choose_device(load.device)
+    return model.to(device).eval(), checkpoint, device, data.choose_dtype(load.dtype, device)
+
+
+def eval_command(settings: dict, given: dict) -> int:
+    """Print the validation loss and metrics of a model as a line of JSON."""
+    import data
+
+    options = data.build(EvalConfig, settings)
+    model, checkpoint, device, dtype = load_model(options)
+    source = options.data or checkpoint["run"]["data"]
+    config = Config(**checkpoint["config"])
+    objective = data.build(ObjectiveConfig, checkpoint["objective"])
+    corpus = data.prepare(
+        source, config.vocab_size, SPECIAL_TOKENS, SEPARATOR, checkpoint["tokenizer"]
+    )
+    batches = eval_batches(corpus, config, objective, options.batch_size)
+    row = {"step": checkpoint["step"], **evaluate(model, batches, data.autocast_to(dtype, device))}
+    print(json.dumps(row | {"perplexity": math.exp(min(row[TOKEN_LOSS], 700))}))
+    return 0
+
+
+def generate_command(settings: dict, given: dict) -> int:
+    """Let a model write."""
+    from data import build
+
+    model, checkpoint, _, dtype = load_model(build(RunConfig, settings))
+    torch.manual_seed(settings["seed"])
+    write_samples(model.to(dtype), checkpoint, build(GenerateConfig, settings))
+    return 0
+
+
+def bench_command(settings: dict, given: dict) -> int:
+    """Measure training and generation with random weights and tokens; print a line of JSON."""
+    import data
+
+    config, objective, run = (
+        data.build(cls, settings) for cls in (Config, ObjectiveConfig, TrainConfig)
+    )
+    device = data.choose_device(run.device)
+    dtype = data.choose_dtype(run.dtype, device)
+    if device.type == "cpu":
+        data.keep_freed_memory()
+    model = Model(config).to(device)
+    optimizer, autocast = Muon(model, run, dtype), data.autocast_to(dtype, device)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    compiled = torch.compile(model) if run.compile else model
+    corpus = data.random_corpus(config.vocab_size, SPECIAL_TOKENS)
+    times = []
+    while len(times) < 5 or (sum(times) < 8 and len(times) < 100):
+        start = time.perf_counter()
+        batch = train_batch(corpus, config, objective, run, run.max_steps + len(times))
+        update(compiled, batch, optimizer, scaler, autocast, run).item()
+        times.append(time.perf_counter() - start)
+    seconds = statistics.median(times[2:])  # the first ones warm up
+    tokens, gflops = count_tokens(batch), count_flops(model, batch) / seconds / 1e9
+    peak = data.matmul_gflops(device, dtype, 1024 if device.type == "cpu" else 8192, seconds=0.5)
+    row = dict(
+        ms_per_step=seconds * 1e3, tokens_per_second=tokens / seconds,
+        gflops=gflops, matmul_gflops=peak,
+    )
+    row |= dict(share=gflops / peak, peak_memory_mb=data.peak_memory_mb(device))
+    print(json.dumps(row | generate_speeds(model.eval().to(dtype))))
+    return 0
+
+
+COMMANDS = {
+    "train": (train_command, (Config, ObjectiveConfig, TrainConfig)),
+    "generate": (generate_command, (GenerateConfig, RunConfig)),
+    "eval": (eval_command, (EvalConfig,)),
+    "bench": (bench_command, (Config, ObjectiveConfig, TrainConfig)),
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; exit status: 0 done, 2 the user's mistake (a line says which), 130 Ctrl-C."""
+    try:
+        from data import parse_command
+
+        presets = {name: PRESETS[name] | RECIPES.get(name, {}) for name in PRESETS}
+        arguments = sys.argv[1:] if arguments is None else arguments
+        command, settings, given = parse_command(NAME, COMMANDS, presets, arguments)
+        return command(settings, given)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `... | head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except ModuleNotFoundError as error:
+        if error.name not in ("bpe", "data"):
+            raise
+        print(
+            f"error: {error.name}.py is missing: put bpe.py and data.py beside {NAME}.py",
+            file=sys.stderr,
+        )
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
