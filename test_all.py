@@ -1229,7 +1229,9 @@ def test_a_run_that_comes_apart_is_stopped(script, stories, capsys):
 
 
 @pytest.mark.parametrize("script, flags", [
-    (gpt, []), (bert, ["--n_embd", 64, "--batch_size", 32, "--max_steps", 300])], ids=["gpt", "bert"])
+    (gpt, []),
+    (bert, ["--n_embd", 64, "--batch_size", 32, "--max_steps", 300]),
+], ids=["gpt", "bert"])
 def test_it_learns(script, flags, stories, capsys):
     """Two layers get well below what the frequencies of the tokens alone would give."""
     command(script, "--data", stories, "--out_dir", "run", "--max_steps", 150, *SMALL,
@@ -1443,7 +1445,7 @@ def drifted(sources: dict[str, str]) -> list[str]:
     """The twins that are not the same text in all of these files."""
     texts = {}
     for name, source in sources.items():
-        lines, shared = source.splitlines(keepends=True), False
+        lines = source.splitlines(keepends=True)
         texts[name] = {}
         rooms = re.search(r"^# -+\n# 7\. Training.*?(?=^@)", source, re.MULTILINE | re.DOTALL)
         texts[name]["the heading of the training room"] = rooms[0]
