@@ -1218,9 +1218,10 @@ def generate_command(settings: dict, given: dict) -> int:
     """Let a model write."""
     from data import build
 
+    options = build(GenerateConfig, settings)
     model, checkpoint, _, dtype = load_model(build(RunConfig, settings))
     torch.manual_seed(settings["seed"])
-    write_samples(model.to(dtype), checkpoint, build(GenerateConfig, settings))
+    write_samples(model.to(dtype), checkpoint, options)
     return 0
 
 
