@@ -706,18 +706,17 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, model: nn.Module, run: TrainConfig, dtype: torch.dtype):
         self.dtype = dtype  # of the Newton-Schulz products
-        kinds = {}  # (kind, shape) -> parameters
+        kinds = {}  # (kind, shape, size of its steps) -> parameters
         for name, p in model.named_parameters():
             inner = p.ndim == 2 and not ("embedding" in name or "head" in name)
             if run.optimizer == "muon" and inner:
-                kinds.setdefault(
-                    ("muon", (len(p) // getattr(p, "maps", 1), p.size(1))), []
-                ).append(p)
+                kind = "muon", (len(p) // getattr(p, "maps", 1), p.size(1))
             else:
-                kinds.setdefault(("adamw", p.ndim >= 2), []).append(p)
+                kind = "adamw", p.ndim >= 2
+            kinds.setdefault((*kind, getattr(p, "step", 1.0)), []).append(p)
         groups = []
-        for (kind, detail), params in kinds.items():
-            highest = run.matrix_lr if kind == "muon" else run.lr
+        for (kind, detail, step), params in kinds.items():
+            highest = step * (run.matrix_lr if kind == "muon" else run.lr)
             decay = run.weight_decay if detail else 0.0  # biases and norms do not decay
             groups.append(dict(
                 params=params, kind=kind, shape=detail,
@@ -853,10 +852,14 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.autocast = data.autocast_to(self.dtype, self.device)
         self.step, self.best = 0, math.inf
+        self.pending = []  # loss and number of tokens of the steps since the last report
         if checkpoint:
             self.model.load_state_dict(checkpoint["model"])
             if run.init_from == "resume":
                 self.step, self.best = checkpoint["step"], checkpoint["best_loss"]
+                self.pending = [
+                    (torch.tensor(loss, device=self.device), n) for loss, n in checkpoint["pending"]
+                ]
                 groups = self.optimizer.state_dict()["param_groups"]  # as the flags say now
                 self.optimizer.load_state_dict(checkpoint["optimizer"] | {"param_groups": groups})
                 self.scaler.load_state_dict(checkpoint["scaler"])
@@ -868,20 +871,18 @@ class Trainer:
         from data import interrupts
 
         run = self.run
-        pending = []  # loss and number of tokens of the steps since the last report
         self.begin()
         with interrupts() as pressed:
             self.since = time.perf_counter()
             while self.step < run.max_steps and not pressed:
-                pending.append(self.train_step())
+                self.pending.append(self.train_step())
                 self.step += 1
                 evaluating = self.step % run.eval_interval == 0 or self.step == run.max_steps
                 keeping = run.snapshot_interval and self.step % run.snapshot_interval == 0
                 if keeping or pressed:  # nothing is saved of a run that has come apart
-                    self.check(float(pending[-1][0]), self.step)
+                    self.check(float(self.pending[-1][0]), self.step)
                 if evaluating or self.step % run.log_interval == 0:
-                    self.report(pending)
-                    pending = []
+                    self.report()
                 if evaluating:
                     self.evaluate_and_save()
                 if keeping:
@@ -927,15 +928,16 @@ class Trainer:
         with self.autocast:
             return demonstrate(self.model, self.corpus, length)
 
-    def report(self, pending: list) -> None:
+    def report(self) -> None:
         """Log the mean loss since the last report. Raises ValueError if the run has come apart."""
         run = self.run
-        losses = torch.stack([loss for loss, _ in pending]).tolist()  # (waits for the device)
+        losses = torch.stack([loss for loss, _ in self.pending]).tolist()  # (waits for the device)
         seconds, self.since = time.perf_counter() - self.since, time.perf_counter()
         for step, loss in enumerate(losses, self.step - len(losses) + 1):
             self.check(loss, step)
         loss, lr = sum(losses) / len(losses), schedule(self.step - 1, run) * run.lr
-        speed = sum(tokens for _, tokens in pending) / seconds
+        speed = sum(tokens for _, tokens in self.pending) / seconds
+        self.pending = []
         self.log.write(step=self.step, loss=loss, lr=lr, tokens_per_second=round(speed))
         left = (run.max_steps - self.step) * seconds / len(losses)
         self.log.progress(
@@ -983,6 +985,7 @@ class Trainer:
             name=NAME, step=self.step, best_loss=self.best,
             config=asdict(self.config), objective=asdict(self.objective), run=asdict(self.run),
             documents=self.corpus.documents, model=self.model.state_dict(),
+            pending=[(float(loss), tokens) for loss, tokens in self.pending],
         )
         if not weights_only:
             state |= dict(optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict())

@@ -1,0 +1,1514 @@
+"""T5: an encoder that reads a text with gaps, and a decoder that writes what belongs into them.
+
+A GPT only continues, a BERT only understands. T5 does both, text in and text out, and every task
+can be said in that form. To learn from plain text, spans of it are cut out (15 % of the tokens,
+three at a time on average). A sentinel marks each gap, and the target is the gaps' contents:
+
+    text      The old man sat by the sea and counted the waves .
+    source    The old <extra_id_0> the sea and counted <extra_id_1> . </s>
+    target    <extra_id_0> man sat by <extra_id_1> the waves </s>
+
+The encoder reads the source, every position all others, as in BERT. The decoder writes the target
+from left to right, as in GPT, and each of its blocks also looks at what the encoder made of the
+source (cross-attention). Nothing marks positions; instead, attention scores get a learned bias for
+how far apart two tokens are. Norms only scale, and no layer has a bias of its own.
+
+    python t5.py                                    train on input.txt: 3 to 4 minutes on a laptop
+    python t5.py generate --prompt "The cat sat on the <extra_id_0>."         fill the gaps
+    python t5.py eval                               the loss, and how many tokens of spans are right
+    python t5.py bench                              how fast this machine is at it
+    python t5.py --help                             every flag
+
+The lesson of this file is how source and target find each other: see `T5.init_attention`. It reads
+from top to bottom: 2 the configuration, 3 layers, 4 the model, 5 the objective, 6 generation,
+7 training, 8 the command line. Copied alone into a project, this file still gives
+`from t5 import T5, T5Config`; to train, it needs bpe.py (the tokenizer) and data.py (files,
+downloads, the log) beside it. To learn, change things: `--mean_span 1` (is that easier?),
+`--corruption bernoulli`, `--n_decoder_layer 1`, `--act gated-gelu --tie false` (version 1.1).
+
+Papers: Raffel et al. 2020, https://arxiv.org/abs/1910.10683 (T5); Shazeer 2020,
+https://arxiv.org/abs/2002.05202 (gated feed-forwards); Vaswani et al. 2017,
+https://arxiv.org/abs/1706.03762 (attention).
+"""
+
+import contextlib
+import functools
+import json
+import math
+import os
+import re
+import statistics
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.optim.adamw import adamw
+
+# --------------------------------------------------------------------------------------------------
+# 2. The configuration
+# --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class T5Config:
+    """The architecture. Defaults are those of the first T5; every other value is a variant.
+
+    Version 1.1 is act="gated-gelu", tie=False. Raises ValueError for sizes that do not fit.
+    """
+
+    vocab_size: int  # token types: special tokens + 256 bytes + merges
+    n_layer: int  # blocks of the encoder
+    n_head: int  # attention heads in a block
+    n_embd: int  # width of the residual stream
+    n_ff: int | None = None  # width inside a feed-forward (default 4 * n_embd)
+    head_dim: int | None = None  # width of a head (default n_embd / n_head)
+    dropout: float = 0.0  # share of activations zeroed in training
+    act: Literal["relu", "gated-gelu"] = "relu"  # non-linearity of the feed-forward
+    tie: bool = True  # the head uses the token embedding's weights
+    scale_head: bool = True  # a tied head's scores are divided by sqrt(n_embd)
+    n_buckets: int = 32  # kinds of distances that attention tells apart
+    max_distance: int = 128  # from here on all distances are alike
+    n_decoder_layer: int | None = None  # blocks of the decoder (default n_layer)
+    pad_id: int = 0  # the token that fills up, and that every target begins with
+    eos_id: int = 1  # the token that ends a text
+
+    def __post_init__(self):
+        if min(
+            self.vocab_size, self.n_layer, self.decoder_layers, self.n_head, self.n_embd,
+            self.ff_width,
+        ) < 1:
+            raise ValueError(
+                "vocab_size, n_layer, n_decoder_layer, n_head, n_embd and n_ff "
+                "have to be at least 1"
+            )
+        if self.head_dim is None and self.n_embd % self.n_head:
+            raise ValueError(
+                f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}: "
+                "change one of them or set head_dim"
+            )
+        if self.key_width < 1:
+            raise ValueError("head_dim has to be at least 1")
+        if self.n_buckets < 4 or self.n_buckets % 2 or self.max_distance <= self.n_buckets // 2:
+            raise ValueError(
+                f"n_buckets has to be even and at least 4, max_distance more than half of it: "
+                f"{self.n_buckets} and {self.max_distance} are not"
+            )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout {self.dropout} is not between 0 and 1")
+
+    @property
+    def key_width(self) -> int:
+        return self.n_embd // self.n_head if self.head_dim is None else self.head_dim
+
+    @property
+    def ff_width(self) -> int:
+        return 4 * self.n_embd if self.n_ff is None else self.n_ff
+
+    @property
+    def decoder_layers(self) -> int:
+        return self.n_layer if self.n_decoder_layer is None else self.n_decoder_layer
+
+
+PRESETS = {  # T5's sizes have 60 M, 220 M and 770 M parameters, those of 1.1 77 M and 250 M
+    "laptop": dict(vocab_size=1024, n_layer=2, n_decoder_layer=3, n_head=4, n_embd=128),
+    "t4": dict(vocab_size=8192, n_layer=6, n_head=8, n_embd=512),
+    "t5-small": dict(vocab_size=32128, n_layer=6, n_head=8, n_embd=512),
+    "t5-base": dict(vocab_size=32128, n_layer=12, n_head=12, n_embd=768),
+    "t5-large": dict(vocab_size=32128, n_layer=24, n_head=16, n_embd=1024),
+    "t5-v1_1-small": dict(
+        vocab_size=32128, n_layer=8, n_head=6, n_embd=512, n_ff=1024, head_dim=64,
+        act="gated-gelu", tie=False,
+    ),
+    "t5-v1_1-base": dict(
+        vocab_size=32128, n_layer=12, n_head=12, n_embd=768, n_ff=2048,
+        act="gated-gelu", tie=False,
+    ),
+}
+RECIPES = {  # training settings that go with a preset; the others start from laptop's
+    "laptop": dict(
+        block_size=128, max_steps=1150, batch_size=64, lr=0.1, matrix_lr=0.03, log_interval=25,
+        eval_interval=230,
+    ),
+    "t4": dict(
+        block_size=256, max_steps=10000, batch_size=64, log_interval=50, eval_interval=500),
+    "t5-small": dict(block_size=512),
+    "t5-base": dict(block_size=512),
+    "t5-large": dict(block_size=512),
+    "t5-v1_1-small": dict(block_size=512),
+    "t5-v1_1-base": dict(block_size=512),
+}
+
+# --------------------------------------------------------------------------------------------------
+# 3. Layers, from the bottom up
+# --------------------------------------------------------------------------------------------------
+
+LONG = 1024  # number of keys from which the fused attention is faster on a CPU, too
+
+
+def attention(query, key, value, bias=None, causal=False, scale=None, dropout=0.0):
+    """softmax(Q K^T * scale + bias) V: per query a weighted mean of the values (Vaswani, 3.2.1).
+
+    query (B, nh, T, hd), key (B, nh, S, hd), value (B, nh, S, vd) -> (B, nh, T, vd). bias is added
+    to the scores and broadcasts to (B, nh, T, S). causal: the last query sees all S keys, the one
+    before it S - 1, and so on. scale: 1 / sqrt(hd) unless given.
+
+    The formula is the last three lines. For short sequences on a CPU it is two to three times as
+    fast as PyTorch's fused kernel; elsewhere (also for a single query) the fused one is faster.
+    """
+    T, S = query.size(-2), key.size(-2)
+    scale = query.size(-1) ** -0.5 if scale is None else scale
+    if causal and (T != S or bias is not None or query.device.type == "cpu"):
+        future = torch.full(
+            (T, S), float("-inf"), dtype=query.dtype, device=query.device
+        ).triu(1 + S - T)
+        bias, causal = future if bias is None else bias + future, False
+    if query.device.type != "cpu" or S >= LONG or T == 1:
+        return F.scaled_dot_product_attention(query, key, value, bias, dropout, causal, scale=scale)
+    scores = (query * scale) @ key.transpose(-2, -1)  # (B, nh, T, S)
+    weights = F.softmax(scores if bias is None else scores + bias, dim=-1)
+    return F.dropout(weights, dropout) @ value  # (B, nh, T, vd)
+
+
+class KVCache:
+    """One attention layer's keys and values of all tokens so far: none is computed twice."""
+
+    def __init__(self, block_size: int):
+        self.block_size, self.length = block_size, 0
+
+    def append(self, key, value):
+        """key, value (B, nh, T, hd) of T new tokens -> those of all tokens so far."""
+        if self.length == 0:
+            B, nh, _, hd = key.shape
+            dtype = torch.float32 if key.device.type == "cpu" else key.dtype  # fastest for 1 query
+            self.keys = key.new_empty(B, nh, self.block_size, hd, dtype=dtype)
+            self.values = key.new_empty(B, nh, self.block_size, value.size(-1), dtype=dtype)
+        end = self.length + key.size(2)
+        self.keys[:, :, self.length : end], self.values[:, :, self.length : end] = key, value
+        self.length = end
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+
+def distance_buckets(distance, both_sides: bool, n_buckets: int, max_distance: int):
+    """The kind of distance key - query, any shape, int64 -> 0 to n_buckets - 1 (Raffel, 2.1).
+
+    Half of the kinds are single distances 0, 1, 2, ...; the others are ranges that grow like powers
+    up to max_distance, and the last takes all beyond. With both_sides, half of all are for keys
+    that come after the query; otherwise these, never seen, are taken for distance 0.
+    """
+    if both_sides:
+        n_buckets //= 2
+        side, distance = (distance > 0) * n_buckets, distance.abs()
+    else:
+        side, distance = 0, (-distance).clamp(min=0)
+    exact = n_buckets // 2
+    power = torch.log(distance.clamp(min=1).float() / exact) / math.log(max_distance / exact)
+    far = exact + (power * (n_buckets - exact)).long()  # from `exact` to n_buckets, and beyond
+    return side + torch.where(distance < exact, distance, far.clamp(max=n_buckets - 1))
+
+
+class Attention(nn.Module):
+    """Multi-head attention (Vaswani, 3.2.2): states ask, and the same states (self-attention) or
+    the encoder's (cross-attention) answer.
+
+    T5 does not divide scores by sqrt(hd). Its first weights for queries are as much smaller instead
+    (see `T5.init_attention`), and so has to be every step that changes them: with whole steps Muon
+    learns slower (16.0 % instead of 17.9 % of the span tokens right after 300 steps).
+    """
+
+    def __init__(self, config: T5Config):
+        super().__init__()
+        self.n_head, self.dropout = config.n_head, config.dropout
+        width = config.n_head * config.key_width
+        self.query = nn.Linear(config.n_embd, width, bias=False)
+        self.query.weight.step = config.key_width**-0.5  # for Muon, below
+        self.kv = nn.Linear(config.n_embd, 2 * width, bias=False)  # two maps in one
+        self.kv.weight.maps = 2
+        self.proj = nn.Linear(width, config.n_embd, bias=False)
+
+    def heads(self, x):
+        """(B, T, nh * hd) -> (B, nh, T, hd)"""
+        return x.view(*x.shape[:2], self.n_head, -1).transpose(1, 2)
+
+    def remember(self, x):
+        """The keys and values of x (B, S, C): (B, nh, S, hd) each."""
+        return [self.heads(part) for part in self.kv(x).chunk(2, dim=-1)]
+
+    def forward(self, x, key, value, bias=None, causal=False):
+        """x (B, T, C) asks; bias (1 or B, 1 or nh, 1 or T, S) is added to the scores."""
+        query = self.heads(self.query(x)).to(key.dtype)
+        bias = None if bias is None else bias.to(key.dtype)
+        mixed = attention(
+            query, key, value, bias, causal, scale=1.0, dropout=self.dropout * self.training)
+        mixed = self.proj(mixed.transpose(1, 2).flatten(2).to(x.dtype))  # (B, T, C)
+        return F.dropout(mixed, self.dropout, self.training)
+
+
+class FeedForward(nn.Module):
+    """Two linear layers and a non-linearity, the same everywhere: C -> n_ff -> C (Vaswani, 3.3).
+    Gated (Shazeer 2020): what goes up is multiplied, number by number, with gelu(gate(x))."""
+
+    def __init__(self, config: T5Config):
+        super().__init__()
+        self.act, self.dropout = config.act, config.dropout
+        self.up = nn.Linear(config.n_embd, config.ff_width, bias=False)
+        if config.act == "gated-gelu":
+            self.gate = nn.Linear(config.n_embd, config.ff_width, bias=False)
+        self.down = nn.Linear(config.ff_width, config.n_embd, bias=False)
+
+    def forward(self, x):
+        inner = self.up(x)  # (B, T, n_ff)
+        if self.act == "relu":
+            inner = F.relu(inner, inplace=True)
+        else:
+            inner = F.gelu(self.gate(x), approximate="tanh") * inner
+        inner = F.dropout(inner, self.dropout, self.training)
+        return F.dropout(self.down(inner), self.dropout, self.training)  # (B, T, C)
+
+
+class Block(nn.Module):
+    """Attention, in a decoder cross-attention, and feed-forward, each added to the residual stream:
+    x + sublayer(norm(x))."""
+
+    def __init__(self, config: T5Config, decoder: bool):
+        super().__init__()
+        self.decoder = decoder
+        self.attn, self.attn_norm = Attention(config), make_norm(config)
+        if decoder:
+            self.cross, self.cross_norm = Attention(config), make_norm(config)
+        self.mlp, self.mlp_norm = FeedForward(config), make_norm(config)
+
+    def forward(self, x, bias, source=None, source_bias=None, cache: KVCache | None = None):
+        """x (B, T, C), bias (B or 1, nh, T, S) -> (B, T, C). A decoder's block also gets the keys
+        and values of the source, and the bias (B, 1, 1, S) that hides its padding."""
+        h = self.attn_norm(x)
+        key, value = self.attn.remember(h)
+        if cache is not None:
+            key, value = cache.append(key, value)
+        x = x + self.attn(h, key, value, bias, causal=self.decoder and x.size(1) > 1)
+        if self.decoder:
+            x = x + self.cross(self.cross_norm(x), *source, source_bias)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+def inverse_rms(x, eps: float):
+    """1 / sqrt(mean of x^2 + eps), the mean taken in float32 as published: (..., C) -> (..., 1)."""
+    return (x.float().square().mean(dim=-1, keepdim=True) + eps).rsqrt().to(x.dtype)
+
+
+class Normalize(torch.autograd.Function):
+    """RMSNorm by hand for a CPU: x (..., C), scale (C,) -> y = r x * scale, r = inverse_rms(x).
+
+    With g the gradient times scale, dx = r (g - r x mean(g r x)). LayerNorm's has another term,
+    r mean(g), which its fused kernel subtracts: adding it again is twice as fast as PyTorch's
+    RMSNorm, which has a kernel of its own on a GPU alone. Under autocast, y comes in the type that
+    the products after it take, so that it is converted once, not before each.
+    """
+
+    @staticmethod
+    def forward(ctx, x, scale, eps: float):
+        r = inverse_rms(x, eps)
+        ctx.save_for_backward(x, r, scale)
+        autocast = torch.is_autocast_enabled("cpu")
+        return (x * r).mul_(scale).to(torch.get_autocast_dtype("cpu") if autocast else x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, r, scale = ctx.saved_tensors
+        grad = grad.to(x.dtype)
+        dx, dscale, _ = torch.ops.aten.native_layer_norm_backward(
+            grad, x, scale.shape, torch.zeros_like(r), r, scale, None, (True, True, False))
+        mean = torch.mv(grad.flatten(0, -2), scale).view_as(r) / len(scale)
+        return dx.addcmul_(r, mean), dscale, None
+
+
+class RMSNorm(nn.RMSNorm):
+    """A position's C numbers get a mean square of 1, then a learned scale (Zhang & Sennrich 2019,
+    https://arxiv.org/abs/1910.07467). No mean is subtracted, nothing is added."""
+
+    def forward(self, x):
+        if x.device.type != "cpu":
+            return super().forward(x)
+        if torch.is_grad_enabled():
+            return Normalize.apply(x, self.weight, self.eps)
+        return x * inverse_rms(x, self.eps) * self.weight
+
+
+def make_norm(config: T5Config):
+    """An RMSNorm whose scales, around 1, are not for steps as large as the embeddings need."""
+    norm = RMSNorm(config.n_embd, eps=1e-6)
+    norm.weight.step = 0.1
+    return norm
+
+
+class Stack(nn.Module):
+    """The encoder or the decoder: blocks that share their biases of distances, and a last norm."""
+
+    def __init__(self, config: T5Config, n_layer: int, decoder: bool):
+        super().__init__()
+        self.config, self.decoder = config, decoder
+        self.distance_embedding = nn.Embedding(config.n_buckets, config.n_head)
+        self.drop = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config, decoder) for _ in range(n_layer))
+        self.norm = make_norm(config)
+
+    def distance_bias(self, T: int, S: int):
+        """What scores get for the distance of the last T of S positions to all S: (1, nh, T, S)."""
+        place = torch.arange(S, device=self.distance_embedding.weight.device)
+        bucket = distance_buckets(
+            place - place[S - T :, None], not self.decoder,
+            self.config.n_buckets, self.config.max_distance,
+        )
+        return self.distance_embedding(bucket).permute(2, 0, 1)[None]
+
+    def forward(self, x, bias, sources=None, source_bias=None, caches=None):
+        """x (B, T, C) -> (B, T, C). sources, caches: one for each block."""
+        x = self.drop(x)
+        for i, block in enumerate(self.blocks):
+            x = block(
+                x, bias, sources[i] if sources else None, source_bias,
+                caches[i] if caches else None,
+            )
+        return self.drop(self.norm(x))
+
+
+# --------------------------------------------------------------------------------------------------
+# 4. The model
+# --------------------------------------------------------------------------------------------------
+
+
+class T5(nn.Module):
+    """An embedding of tokens for both sides, the encoder, the decoder, and a head that scores every
+    token as the target's next one."""
+
+    def __init__(self, config: T5Config):
+        super().__init__()
+        self.config = config
+        self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
+        self.encoder = Stack(config, config.n_layer, decoder=False)
+        self.decoder = Stack(config, config.decoder_layers, decoder=True)
+        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.apply(self.init_weights)
+        self.init_attention()
+        if config.tie:
+            self.head.weight = self.token_embedding.weight
+
+    @staticmethod
+    def init_weights(module):
+        """T5's normal distributions: embeddings with variance 1, matrices so that what goes in with
+        variance 1 comes out with it; here with half of that std, which learns faster."""
+        if isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight)
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=0.5 * module.in_features**-0.5)
+
+    @torch.no_grad()
+    def init_attention(self):
+        """Begin with a path from the text around a gap to the tokens that fill it.
+
+        What belongs into a gap shows in the tokens beside it. To get there from them takes two
+        steps: in the encoder the sentinel has to look at its neighbours, and in the decoder the
+        same sentinel has to look at the encoder's. Neither gains anything before the other is
+        there. So for hundreds of steps the decoder learns which tokens are frequent and no more
+        (8 to 9 % right after 400 steps); with both in place from the start, 13 % after 300.
+
+        Neighbours: in the encoder, the biases of distances begin high at -1, 1, -2, 2, ... tokens,
+        one for each head. The same sentinel: in the decoder's first cross-attention, the map for
+        keys begins as the map for queries, so that like fits like; scores are about 7.
+        """
+        config = self.config
+        for stack in self.encoder, self.decoder:
+            nn.init.normal_(stack.distance_embedding.weight, std=0.1)
+        head = torch.arange(config.n_head)
+        distance = (head // 2 + 1) * (2 * (head % 2) - 1)  # -1, 1, -2, 2, ...
+        bucket = distance_buckets(distance, True, config.n_buckets, config.max_distance)
+        self.encoder.distance_embedding.weight[bucket, head] += 7.0
+        first = self.decoder.blocks[0].cross
+        key, _ = first.kv.weight.chunk(2)  # (nh * hd, C)
+        nn.init.normal_(key, std=(7 / config.n_embd / config.key_width**0.5) ** 0.5)
+        first.query.weight.copy_(key)
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.query.weight *= config.key_width**-0.5
+
+    def encode(self, src, src_mask=None):
+        """src (B, S) int64 -> memory (B, S, C). src_mask (B, S) bool: True for a real token, False
+        for padding, which no token attends to."""
+        bias = self.encoder.distance_bias(src.size(1), src.size(1))
+        if src_mask is not None:
+            bias = bias + padding_bias(src_mask)
+        return self.encoder(self.token_embedding(src), bias)
+
+    def remember(self, memory):
+        """The keys and values that the decoder's blocks have of the memory (B, S, C)."""
+        return [block.cross.remember(memory) for block in self.decoder.blocks]
+
+    def decode(self, tokens, bias, sources, source_bias=None, caches=None):
+        """tokens (B, T) int64 of the target so far, with caches the new ones -> logits (B, T, V)
+        of the tokens that follow each. bias: the decoder's `distance_bias`."""
+        hidden = self.decoder(self.token_embedding(tokens), bias, sources, source_bias, caches)
+        if self.config.tie and self.config.scale_head:
+            hidden = hidden * self.config.n_embd**-0.5
+        return self.head(hidden)
+
+    def forward(self, src, tgt, src_mask=None, with_loss: bool = True):
+        """src (B, S) int64, tgt (B, T) int64: the source, and the target with its </s> at the end
+        -> logits (B, T, V) for each of the target's tokens, given those before it; mean loss.
+
+        Where tgt is -100 nothing is asked. src_mask (B, S) bool: see `encode`.
+        """
+        before = F.pad(tgt.clamp(min=0), (1, 0))[:, :-1]
+        before = before.masked_fill(F.pad(tgt, (1, 0), value=-100)[:, :-1] < 0, self.config.pad_id)
+        logits = self.decode(
+            before, self.decoder.distance_bias(tgt.size(1), tgt.size(1)),
+            self.remember(self.encode(src, src_mask)),
+            None if src_mask is None else padding_bias(src_mask),
+        )
+        if not with_loss:
+            return logits, None
+        return logits, F.cross_entropy(logits.flatten(0, 1), tgt.flatten(), ignore_index=-100)
+
+
+def padding_bias(mask):
+    """mask (B, S) bool, True for a real token -> (B, 1, 1, S), to be added to scores: 0 or -inf."""
+    return torch.zeros(mask.shape, device=mask.device).masked_fill(
+        ~mask, float("-inf"))[:, None, None, :]
+
+
+# Under these names the training below is the same text in every model file.
+Model, Config, NAME = T5, T5Config, "t5"
+
+# --------------------------------------------------------------------------------------------------
+# 5. The objective: say what was cut out
+# --------------------------------------------------------------------------------------------------
+
+SENTINELS = [f"<extra_id_{i}>" for i in range(100)]
+SPECIAL_TOKENS = ["<pad>", "</s>", *SENTINELS]
+SEPARATOR = "</s>"  # before the first document, between documents and after the last
+TOKEN_LOSS = "val_loss"  # what perplexity is computed from
+
+
+@dataclass
+class ObjectiveConfig:
+    """How much is cut out, and in what pieces. Raises ValueError where sentinels do not suffice."""
+
+    block_size: int = 128  # tokens of a text before anything is cut out
+    noise_density: float = 0.15  # share of the tokens that is cut out
+    corruption: Literal["spans", "bernoulli"] = "spans"  # bernoulli: each token by a throw of dice
+    mean_span: float = 3.0  # tokens in a span, on average (bernoulli: 1, and neighbours merge)
+
+    def __post_init__(self):
+        if self.block_size < 2:
+            raise ValueError("block_size has to be at least 2")
+        if not 0 < self.noise_density < 1:
+            raise ValueError(f"noise_density {self.noise_density} is not between 0 and 1")
+        if self.mean_span < 1:
+            raise ValueError(f"mean_span {self.mean_span} is less than a token")
+        _, spans = noise_counts(self.block_size, self)
+        if spans > len(SENTINELS):
+            raise ValueError(
+                f"{self.block_size} tokens have {spans} spans, and there are {len(SENTINELS)} "
+                "sentinels: take a smaller --block_size or a larger --mean_span"
+            )
+
+
+def noise_counts(length: int, objective: ObjectiveConfig) -> tuple[int, int]:
+    """(tokens to cut out, spans) of a text of `length` tokens, by the paper's rounding. With
+    independent tokens: the most likely numbers."""
+    noise = min(max(round(length * objective.noise_density), 1), length - 1)
+    if objective.corruption == "bernoulli":
+        return noise, max(round(noise * (1 - objective.noise_density)), 1)  # those that begin one
+    return noise, min(max(round(noise / objective.mean_span), 1), noise, length - noise)
+
+
+def random_lengths(luck, parts: int):
+    """Cut n + 1 things into `parts` of at least one, every way as likely: at those places between
+    two of them that have the least luck, (rows, n) -> lengths (rows, parts) int64."""
+    cuts = luck.argsort(axis=1)[:, : parts - 1] + 1
+    return np.diff(np.sort(cuts, axis=1), axis=1, prepend=0, append=luck.shape[1] + 1)
+
+
+def draw_noise(rows: int, length: int, objective: ObjectiveConfig, generator):
+    """Which tokens are cut out: (rows, length) bool.
+
+    The paper's way (its code's `random_spans_noise_mask`): a fixed number of tokens in a fixed
+    number of spans, text and spans in turn, with text first. So all rows have the same lengths, and
+    nothing needs padding.
+    """
+    noise, spans = noise_counts(length, objective)
+    if objective.corruption == "bernoulli":
+        mask = generator.random((rows, length)) < objective.noise_density
+        return mask & (starts_of(mask).cumsum(axis=1) <= len(SENTINELS))  # the rest stays
+    of_text, of_noise = np.split(generator.random((rows, length - 2)), [length - noise - 1], axis=1)
+    lengths = np.stack(
+        (random_lengths(of_text, spans), random_lengths(of_noise, spans)), axis=2
+    ).reshape(rows, 2 * spans)
+    turns = np.zeros((rows, length), np.int64)
+    np.put_along_axis(turns, lengths.cumsum(axis=1)[:, :-1], 1, axis=1)
+    return turns.cumsum(axis=1) % 2 == 1
+
+
+def starts_of(noise):
+    """Where spans begin: (rows, length) bool -> the same shape."""
+    return noise & ~np.pad(noise, ((0, 0), (1, 0)))[:, :-1]
+
+
+def pack(tokens, keep, eos_id: int, fill: int):
+    """Each row's kept tokens side by side, then eos_id, then `fill` up to the longest row."""
+    lengths = keep.sum(axis=1)
+    packed = np.full((len(keep), lengths.max() + 1), fill)
+    packed[np.nonzero(keep)[0], (keep.cumsum(axis=1) - 1)[keep]] = tokens[keep]
+    packed[np.arange(len(keep)), lengths] = eos_id
+    return packed
+
+
+def corrupt(tokens, noise, sentinels, config: Config) -> dict:
+    """Cut the noise out of tokens, both (rows, length), as numpy arrays.
+
+    -> a batch: src (rows, S): the text with a sentinel for each span; tgt (rows, T): each sentinel
+    and the tokens it stands for; both end in </s>. Where rows differ in length: src_mask (rows, S).
+    """
+    starts = starts_of(noise)
+    marks = sentinels[starts.cumsum(axis=1) - 1]  # of the span that is here or was last
+    src = pack(np.where(starts, marks, tokens), starts | ~noise, config.eos_id, config.pad_id)
+    both = np.stack((marks, tokens), axis=2).reshape(len(tokens), -1)  # mark, token, mark, token...
+    kept = np.stack((starts, noise), axis=2).reshape(len(tokens), -1)
+    batch = dict(src=src, tgt=pack(both, kept, config.eos_id, -100))
+    real = np.arange(src.shape[1]) <= (starts | ~noise).sum(axis=1)[:, None]
+    batch |= {} if real.all() else {"src_mask": real}
+    return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+
+def sentinel_ids(tokenizer):
+    """The ids of the sentinels, in order, (n,) int64."""
+    return np.array([tokenizer.special[name] for name in SENTINELS])
+
+
+@functools.lru_cache(4)
+def tokens_before(corpus, part: str):
+    """How many tokens of text come before each separator of a part, (n,) int64."""
+    edges = corpus.edges(part)
+    return edges - np.arange(len(edges))
+
+
+def windows(corpus, part: str, begin, length: int):
+    """The tokens from the text's begin-th (n,) on, (n, length) int64; separators are left out, so
+    a window may run on into the next document, as in the paper (3.1.2: packed)."""
+    place = begin[:, None] + np.arange(length)
+    place = place + np.searchsorted(tokens_before(corpus, part), place, side="right")
+    return getattr(corpus, part)[place].astype(np.int64)
+
+
+def text_length(corpus, part: str) -> int:
+    """How many tokens the part has without separators."""
+    return len(getattr(corpus, part)) - len(tokens_before(corpus, part))
+
+
+def rows_per_epoch(corpus, config: Config, objective: ObjectiveConfig) -> int:
+    """How many windows the training part fills. Raises ValueError where it is too short."""
+    T = objective.block_size
+    texts = [text_length(corpus, part) for part in ("train", "validation")]
+    if min(texts) < T:
+        raise ValueError(
+            f"the text is too short: {texts[0]} tokens to train on and {texts[1]} to validate do "
+            f"not fill windows of {T}; give more text or a smaller --block_size"
+        )
+    return max(texts[0] // T - 1, 1)  # one less: the offset is free
+
+
+def train_batch(
+    corpus, config: Config, objective: ObjectiveConfig, run: "TrainConfig", step: int
+) -> dict:
+    """A step's batch (see `corrupt`), which depends on (seed, step) alone.
+
+    An epoch lays windows end to end from a random offset and takes each once, in random order.
+    """
+    from data import shuffled_rows
+
+    T, n = objective.block_size, rows_per_epoch(corpus, config, objective)
+    row, luck = shuffled_rows(n, run.seed, step * run.rows, run.rows)
+    offset = (luck * (text_length(corpus, "train") - n * T + 1)).astype(np.int64)
+    tokens = windows(corpus, "train", offset + row * T, T)
+    noise = draw_noise(run.rows, T, objective, np.random.default_rng((run.seed, step)))
+    return corrupt(tokens, noise, sentinel_ids(corpus.tokenizer), config)
+
+
+def eval_batches(corpus, config: Config, objective: ObjectiveConfig, rows: int):
+    """The whole validation part, in windows that do not overlap, but for the last, which ends where
+    the text ends. The noise is always the same, whatever the seed and the number of rows.
+    """
+    T, length = objective.block_size, text_length(corpus, "validation")
+    generator = np.random.default_rng(0)
+    begin = np.minimum(np.arange(-(-length // T)) * T, length - T)
+    sentinels = sentinel_ids(corpus.tokenizer)
+    for i in range(0, len(begin), rows):
+        tokens = windows(corpus, "validation", begin[i : i + rows], T)
+        noise = draw_noise(len(tokens), T, objective, generator)
+        batch = corrupt(tokens, noise, sentinels, config)
+        mark = np.isin(batch["tgt"], [config.eos_id, -100, *sentinels])
+        yield batch | {"in_span": torch.from_numpy(~mark)}
+
+
+class CrossEntropy(torch.autograd.Function):
+    """The sum of -log softmax(logits)[target] over logits (N, V), targets (N,); -100 for none.
+
+    Its gradient is softmax(logits) - onehot(target), so the probabilities are turned into it right
+    away and kept in the logits' own type. `F.cross_entropy` computes the same (a test compares
+    them), but passes over N x V float32 numbers three more times.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, targets):
+        asked = (targets >= 0).unsqueeze(1)  # (N, 1)
+        target = targets.clamp(min=0).unsqueeze(1)  # (N, 1)
+        gradient = F.softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+        likelihood = gradient.gather(1, target).clamp(min=torch.finfo(gradient.dtype).tiny)
+        gradient.scatter_add_(1, target, -torch.ones_like(likelihood))
+        if not asked.all():
+            gradient.mul_(asked)
+        ctx.save_for_backward(gradient.to(logits.dtype))
+        return -(likelihood.log() * asked).sum()
+
+    @staticmethod
+    def backward(ctx, scale):
+        return ctx.saved_tensors[0] * scale.to(ctx.saved_tensors[0].dtype), None
+
+
+def loss_sum(model: T5, batch: dict):
+    """(sum of the target's losses, their weight: how many tokens it has, metrics).
+
+    Sums, so that parts of a batch can be added up. A metric is a pair of sums, a numerator and a
+    denominator: span_accuracy counts the tokens that were cut out, but no sentinels and no </s>.
+    """
+    logits, _ = model(batch["src"], batch["tgt"], batch.get("src_mask"), with_loss=False)
+    logits = logits.flatten(0, 1)  # (B * T, V)
+    target = batch["tgt"].flatten()
+    loss = CrossEntropy.apply(logits, target)
+    metrics = {}
+    if "in_span" in batch:
+        asked = batch["in_span"].flatten()
+        right = (logits.argmax(dim=-1) == target) & asked
+        metrics["span_accuracy"] = right.sum(), asked.sum()
+    return loss, (target != -100).sum(), metrics
+
+
+def count_tokens(batch: dict) -> int:
+    """How many tokens the model reads in a batch, source and target, padding left out."""
+    source = batch["src_mask"].sum() if "src_mask" in batch else batch["src"].numel()
+    return int(source + (batch["tgt"] != -100).sum())
+
+
+def count_flops(model: T5, batch: dict) -> float:
+    """Floating-point operations of a step: 2 forward and 4 backward for each weight of a matrix
+    product and token that meets it, and as many for each number in attention's two products."""
+    config, (B, S), T = model.config, batch["src"].shape, batch["tgt"].size(1)
+    width = config.n_head * config.key_width
+    weights = {"source": 0, "target": config.n_embd * config.vocab_size}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and name != "head":
+            from_source = name.startswith("encoder") or name.endswith("cross.kv")
+            weights["source" if from_source else "target"] += module.weight.numel()
+    products = weights["source"] * S + weights["target"] * T
+    scores = 2 * width * (config.n_layer * S * S + config.decoder_layers * T * (T + S))
+    return 6 * B * (products + scores)
+
+
+# --------------------------------------------------------------------------------------------------
+# 6. Generation: write what belongs into the gaps
+# --------------------------------------------------------------------------------------------------
+
+
+def sample(logits, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None):
+    """Draw a token from each row of logits (B, V) -> (B,) int64. temperature 0 takes the likeliest.
+
+    top_k: only among the k likeliest; top_p: only among the likeliest that together have
+    probability p (nucleus sampling, Holtzman et al. 2019, https://arxiv.org/abs/1904.09751).
+    """
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    k = min(top_k or logits.size(-1), logits.size(-1))
+    likeliest, token = logits.float().topk(k)  # (B, k), in descending order
+    probability = F.softmax(likeliest / temperature, dim=-1)
+    if top_p is not None and top_p < 1:
+        before = probability.cumsum(dim=-1) - probability  # of all likelier ones; 0 for the first
+        probability = probability.masked_fill(before >= top_p, 0.0)
+    # argmax(p / e), e from the exponential distribution, is token i with probability p_i: of clocks
+    # that run at random, each at its own rate, the first to tick. (torch.multinomial is slower.)
+    drawn = (
+        probability / torch.empty_like(probability).exponential_()
+    ).argmax(dim=-1, keepdim=True)
+    return token.gather(-1, drawn)[:, 0]
+
+
+@contextlib.contextmanager
+def fast_product(idx):
+    """Within it, a CPU multiplies the states of idx (B, T) in the faster of two ways. oneDNN,
+    PyTorch's bfloat16 library, rearranges the matrix first: triple the time for a single vector."""
+    before = torch.backends.mkldnn.enabled
+    torch.backends.mkldnn.enabled = before and idx.numel() > 1
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = before
+
+
+class Writer:
+    """The decoder, token by token. What stays is computed once: the keys and values that it has of
+    the source, and those of the tokens that it wrote before."""
+
+    def __init__(self, model: T5, src, src_mask, length: int, copies: int = 1):
+        """length: of the longest target. copies: how many targets to write for each source."""
+        self.model = model
+        memory = model.encode(src, src_mask).repeat_interleave(copies, dim=0)
+        sources = model.remember(memory)
+        self.sources = [KVCache(src.size(1)).append(*pair) for pair in sources]
+        self.source_bias = None
+        if src_mask is not None:
+            self.source_bias = padding_bias(src_mask).repeat_interleave(copies, dim=0)
+        self.caches = [KVCache(length) for _ in sources]
+        self.bias = model.decoder.distance_bias(1, length)  # distances length - 1, ..., 1, 0
+        self.bias = self.bias.to(self.sources[0][0].dtype)  # (that of the caches)
+
+    def step(self, column):
+        """column (B,) int64: the tokens written last -> scores of the next ones, (B, V)."""
+        bias = self.bias[..., -1 - self.caches[0].length :]
+        with fast_product(column):
+            logits = self.model.decode(
+                column[:, None], bias, self.sources, self.source_bias, self.caches)
+        return logits[:, 0]
+
+    def follow(self, rows):
+        """Go on with these of the targets, (B,) int64. All copies have the same source, so only
+        what was written moves."""
+        for cache in self.caches:
+            for kept in cache.keys, cache.values:
+                kept[:, :, : cache.length] = kept[rows, :, : cache.length]
+
+
+@torch.no_grad()
+def generate(
+    model, src, max_new_tokens, temperature=0.0, top_k=None, top_p=None, beams=1, src_mask=None
+):
+    """Write a target for each source, src (B, S) int64 -> (B, n) int64, n <= max_new_tokens.
+
+    Each ends with </s>, unless it got too long, and is filled up with <pad>. temperature, top_k,
+    top_p: see `sample`; temperature 0 takes the likeliest token every time. beams > 1: see
+    `beam_search`, which does without these three. src_mask (B, S) bool: see `T5.encode`.
+    """
+    if beams > 1:
+        return beam_search(model, src, max_new_tokens, beams, src_mask)
+    model.eval()  # no dropout
+    writer = Writer(model, src, src_mask, max_new_tokens)
+    column = src.new_full((len(src),), model.config.pad_id)
+    done, columns = src.new_zeros(len(src), dtype=torch.bool), []
+    while len(columns) < max_new_tokens and not done.all():
+        column = sample(writer.step(column), temperature, top_k, top_p)
+        column = column.masked_fill(done, model.config.pad_id)
+        done |= column == model.config.eos_id
+        columns.append(column)
+    return torch.stack(columns, dim=1)
+
+
+@torch.no_grad()
+def beam_search(model, src, max_new_tokens, beams, src_mask=None):
+    """Of the targets found, those with the highest mean log-probability: src (B, S) -> (B, n).
+
+    At each step every beginning is continued by every token, and the likeliest `beams` that do not
+    end are kept. Taking the likeliest token each time (1 beam) may miss a target whose first token
+    is only the second likeliest. The mean over its tokens, </s> counted, decides between targets
+    that have ended: with the sum, shorter would always be better. A source is done when none of its
+    beginnings has a better mean than the worst of `beams` that have ended.
+    """
+    model.eval()
+    B, pad_id, eos_id = len(src), model.config.pad_id, model.config.eos_id
+    writer = Writer(model, src, src_mask, max_new_tokens, beams)
+    tokens = src.new_full((B, beams, max_new_tokens), pad_id)  # the beginnings
+    total = torch.full((B, beams), -math.inf, device=src.device)  # their log-probabilities
+    total[:, 0] = 0.0  # as long as all are empty, one is enough
+    ended, best = tokens.clone(), torch.full_like(total, -math.inf)  # best: their means
+    done = src.new_zeros(B, dtype=torch.bool)
+    column, first = src.new_full((B * beams,), pad_id), torch.arange(B, device=src.device) * beams
+    for n in range(1, max_new_tokens + 1):
+        chance = F.log_softmax(writer.step(column).float(), dim=-1).view(B, beams, -1)
+        grown, index = (total[:, :, None] + chance).flatten(1).topk(2 * beams)  # (B, 2 * beams)
+        parent, token = index // chance.size(2), index % chance.size(2)
+        longer = torch.take_along_dim(tokens, parent[:, :, None], dim=1)
+        longer[:, :, n - 1] = token
+        ends = (token == eos_id) | (n == max_new_tokens)
+        mean = (grown / n).masked_fill(~ends | done[:, None], -math.inf)
+        mean[:, beams:] = -math.inf  # it ends only if it is among the likeliest
+        best, which = torch.cat((best, mean), dim=1).topk(beams)
+        ended = torch.take_along_dim(torch.cat((ended, longer), dim=1), which[:, :, None], dim=1)
+        total, which = grown.masked_fill(ends, -math.inf).topk(beams)
+        done |= total[:, 0] / n <= best[:, -1]
+        if done.all():
+            break
+        tokens = torch.take_along_dim(longer, which[:, :, None], dim=1)
+        column = tokens[:, :, n - 1].flatten()
+        writer.follow((first[:, None] + parent.gather(1, which)).flatten())
+    return ended[:, 0, :n]
+
+
+T5.generate = generate
+
+
+@dataclass
+class GenerateConfig:
+    """What to fill, and how freely."""
+
+    prompt: str = "The cat sat on the <extra_id_0>."  # a text whose gaps are numbered from 0 on
+    max_new_tokens: int = 64  # how many tokens at most, for all gaps together
+    temperature: float = 0.0  # 0 always the likeliest token; up to 1 and beyond more daring
+    top_k: int = 0  # choose among the k likeliest tokens (0: among all)
+    top_p: float = 1.0  # choose among the likeliest tokens that together have this probability
+    beams: int = 1  # how many beginnings are followed at once, for the likeliest text as a whole
+    num_samples: int = 1  # how many texts
+
+    def __post_init__(self):
+        if (
+            self.max_new_tokens < 1 or self.num_samples < 1 or self.beams < 1
+            or self.temperature < 0 or self.top_k < 0
+        ):
+            raise ValueError(
+                "max_new_tokens, num_samples and beams have to be at least 1, "
+                "temperature and top_k at least 0"
+            )
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p {self.top_p} is not between 0 and 1")
+        if self.temperature and self.beams > 1:
+            raise ValueError("beams look for the likeliest text: set either beams or temperature")
+        if self.num_samples > 1 and not self.temperature:
+            raise ValueError("without a --temperature all samples are the same: set one")
+
+
+def encode_prompt(prompt: str, tokenizer) -> list[int]:
+    """The prompt and </s> as ids. Tokens begin with the space before a word, so a space in front of
+    a sentinel belongs to what is missing. Raises ValueError where there are not gaps, each once."""
+    parts = re.split(r" ?(<extra_id_\d+>)", prompt)
+    names = parts[1::2]
+    if sorted(names) != sorted(SENTINELS[: len(names)]) or not names:
+        raise ValueError(
+            "the prompt has to have gaps, numbered from 0 on, each number once: "
+            '"The <extra_id_0> sat on the <extra_id_1>."'
+        )
+    ids = []
+    for part in parts:
+        ids += [tokenizer.special[part]] if part in names else tokenizer.encode(part)
+    return [*ids, tokenizer.special["</s>"]]
+
+
+def gap_contents(target: list[int], sentinels, eos_id: int) -> dict[int, list[int]]:
+    """Take a target apart: the tokens after each sentinel, up to the next one or </s>."""
+    contents, current = {}, []
+    for token in target:
+        if token == eos_id:
+            break
+        if token in sentinels:  # what comes before the first, or repeats one, is left out
+            current = [] if token in contents else contents.setdefault(token, [])
+        else:
+            current.append(token)
+    return contents
+
+
+def write_samples(model: T5, checkpoint: dict, options: GenerateConfig) -> None:
+    """What `generate` prints on standard output: the prompt with its gaps filled."""
+    tokenizer, config = checkpoint["tokenizer"], model.config
+    ids = encode_prompt(options.prompt, tokenizer)
+    src = torch.tensor([ids] * options.num_samples, device=next(model.parameters()).device)
+    targets = model.generate(
+        src, options.max_new_tokens, options.temperature, options.top_k or None, options.top_p,
+        options.beams,
+    )
+    texts = []
+    for target in targets.tolist():
+        contents = gap_contents(target, sentinel_ids(tokenizer), config.eos_id)
+        filled = sum((contents.get(token, [token]) for token in ids[:-1]), [])
+        texts.append(tokenizer.decode(filled))
+    print("\n\n".join(texts))
+
+
+def demonstrate(model: T5, corpus, length: int) -> str:
+    """A sample for the log: the beginning of the validation part with some spans cut out, and what
+    the model writes there in brackets: [right], or [wrong/what stood there]."""
+    tokenizer, config, sentinels = corpus.tokenizer, model.config, sentinel_ids(corpus.tokenizer)
+    objective = ObjectiveConfig()
+    length = min(length, objective.block_size, text_length(corpus, "validation"))
+    tokens = windows(corpus, "validation", np.array([0]), length)
+    noise = draw_noise(1, length, objective, np.random.default_rng(0))
+    batch = corrupt(tokens, noise, sentinels, config)
+    src, truth = batch["src"].to(next(model.parameters()).device), batch["tgt"][0].tolist()
+    target = model.generate(src, 2 * len(truth))[0].tolist()
+    guesses, truths = (gap_contents(x, sentinels, config.eos_id) for x in (target, truth))
+    text = b""
+    for token in src[0, :-1].tolist():
+        if token not in truths:
+            text += tokenizer.decode_bytes([token])
+            continue
+        right, guess = (
+            tokenizer.decode_bytes(contents.get(token, [])) for contents in (truths, guesses))
+        text += right[: len(right) - len(right.lstrip())]  # the space before the bracket
+        text += b"[" + (b"" if guess == right else guess.strip() + b"/") + right.strip() + b"]"
+    return text.decode("utf-8", "replace")
+
+
+def generate_speeds(model: T5) -> dict[str, float]:
+    """Tokens per second: one sequence, and 32 together; 120 tokens for sources of 116."""
+    speeds = {}
+    model.config = replace(model.config, eos_id=-1)  # none ends before the 120th
+    for key, rows in ("generate_tokens_per_second", 1), ("generate_batch_tokens_per_second", 32):
+        src = torch.randint(
+            model.config.vocab_size, (rows, 116), device=next(model.parameters()).device
+        )
+        times = []
+        for _ in range(4):
+            start = time.perf_counter()
+            model.generate(src, 120).sum().item()  # (waits for the device)
+            times.append(time.perf_counter() - start)
+        speeds[key] = rows * 120 / statistics.median(times[1:])
+    return speeds
+
+
+# --------------------------------------------------------------------------------------------------
+# 7. Training: from here on the three model files are the same, letter by letter
+# --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class RunConfig:
+    """Which weights, on which machine."""
+
+    out_dir: str = f"out/{NAME}"  # folder of a run: checkpoints, log and chart
+    init_from: str = ""  # a checkpoint; without it, out_dir's best.pt or else its ckpt.pt
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: the best there is
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: the fastest there is
+    seed: int = 0  # of all random draws: the same seed, the same result
+
+
+@dataclass
+class TrainConfig(RunConfig):
+    """What to learn from, for how long, and how fast."""
+
+    init_from: str = "scratch"  # scratch, resume (what out_dir holds), or a checkpoint
+    data: str = "input.txt"  # a file, folder or URL, or shakespeare, tinystories, imdb
+    max_steps: int = RECIPES["laptop"]["max_steps"]  # optimizer steps
+    epochs: float = 0.0  # passes over the training part; if given, max_steps follows from it
+    batch_size: int = RECIPES["laptop"]["batch_size"]  # sequences that are computed at once
+    grad_accum: int = 1  # such batches per step; their gradients are added
+    optimizer: Literal["muon", "adamw"] = "muon"  # muon: for matrices, with AdamW for all else
+    lr: float = RECIPES["laptop"]["lr"]  # AdamW's highest learning rate
+    matrix_lr: float = RECIPES["laptop"]["matrix_lr"]  # Muon's highest learning rate
+    weight_decay: float = 0.0  # matrices shrink by this times the learning rate at each step
+    warmup_steps: int = 20  # steps in which the learning rate rises
+    schedule: Literal["linear", "cosine"] = "linear"  # how it falls to zero afterwards
+    grad_clip: float = 1.0  # largest norm of the gradient; longer ones are scaled down (0: never)
+    log_interval: int = 10  # steps between two lines of the log
+    eval_interval: int = 100  # steps between two evaluations, each with a checkpoint
+    snapshot_interval: int = 0  # steps between two checkpoints that are kept for good (0: none)
+    compile: bool = False  # torch.compile: pays on a GPU, in long runs
+
+    def __post_init__(self):
+        for name in ("max_steps", "batch_size", "grad_accum", "log_interval", "eval_interval"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} has to be at least 1")
+        for name in (
+            "seed", "epochs", "lr", "matrix_lr", "weight_decay",
+            "warmup_steps", "grad_clip", "snapshot_interval",
+        ):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name} cannot be negative")
+
+    @property
+    def rows(self) -> int:
+        return self.batch_size * self.grad_accum  # sequences per step
+
+
+def orthogonalize(matrices, steps: int = 5):
+    """Newton-Schulz iteration: the nearest matrices whose singular values are all about 1.
+
+    matrices (n, rows, cols), in the dtype that multiplies fastest. X <- aX + b(XX^T)X + c(XX^T)^2 X
+    moves each singular value s to as + bs^3 + cs^5, and these a, b, c bring all of (0, 1] near 1 in
+    five rounds (Jordan 2024, https://kellerjordan.github.io/posts/muon).
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    wide = matrices.size(-2) <= matrices.size(-1)
+    X = matrices if wide else matrices.mT
+    X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        A = X @ X.mT
+        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
+    return X if wide else X.mT
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for inner matrices, AdamW for all else: one optimizer, so one overflow skips both.
+
+    AdamW steps by a fixed size in each *number*; Muon, in each *direction* of a matrix: it takes
+    the gradient's (Nesterov) momentum and makes all its singular values 1, so that rare directions
+    are learned as fast as common ones. Matrices of equal shape are stacked, for one product.
+    """
+
+    def __init__(self, model: nn.Module, run: TrainConfig, dtype: torch.dtype):
+        self.dtype = dtype  # of the Newton-Schulz products
+        kinds = {}  # (kind, shape, size of its steps) -> parameters
+        for name, p in model.named_parameters():
+            inner = p.ndim == 2 and not ("embedding" in name or "head" in name)
+            if run.optimizer == "muon" and inner:
+                kind = "muon", (len(p) // getattr(p, "maps", 1), p.size(1))
+            else:
+                kind = "adamw", p.ndim >= 2
+            kinds.setdefault((*kind, getattr(p, "step", 1.0)), []).append(p)
+        groups = []
+        for (kind, detail, step), params in kinds.items():
+            highest = step * (run.matrix_lr if kind == "muon" else run.lr)
+            decay = run.weight_decay if detail else 0.0  # biases and norms do not decay
+            groups.append(dict(
+                params=params, kind=kind, shape=detail,
+                lr=highest, highest_lr=highest, weight_decay=decay,
+            ))
+        super().__init__(groups, {})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            (self.step_muon if group["kind"] == "muon" else self.step_adamw)(group)
+
+    def step_muon(self, group, momentum: float = 0.95):
+        params, lr, (rows, cols) = group["params"], group["lr"], group["shape"]
+        gradient = torch.cat([p.grad.view(-1, rows, cols) for p in params])  # (n, rows, cols)
+        state = self.state[params[0]]  # of the whole stack
+        if not state:
+            state["momentum"] = torch.zeros_like(gradient)
+        average = state["momentum"].lerp_(gradient, 1 - momentum)
+        ahead = gradient.lerp(average, momentum)
+        directions = orthogonalize(ahead.to(self.dtype)).to(gradient.dtype)  # (n, rows, cols)
+        lr_of_shape = lr * max(1, rows / cols) ** 0.5
+        for p, direction in zip(params, directions.split([len(p) // rows for p in params])):
+            p.mul_(1 - lr * group["weight_decay"]).sub_(
+                direction.reshape(p.shape), alpha=lr_of_shape
+            )
+
+    def step_adamw(self, group, betas=(0.9, 0.95), eps: float = 1e-8):
+        """p -= lr * (mean of g) / (root of mean g^2), means of recent steps (Kingma & Ba 2015)."""
+        params, states = group["params"], [self.state[p] for p in group["params"]]
+        for p, state in zip(params, states):
+            if not state:
+                state.update(
+                    count=torch.zeros((), device=p.device),
+                    mean=torch.zeros_like(p), square=torch.zeros_like(p),
+                )
+        adamw(  # fused: all in one kernel
+            params, [p.grad for p in params], [state["mean"] for state in states],
+            [state["square"] for state in states], [], [state["count"] for state in states],
+            fused=True, amsgrad=False, maximize=False, beta1=betas[0], beta2=betas[1],
+            lr=group["lr"], weight_decay=group["weight_decay"], eps=eps,
+        )
+
+
+def schedule(step: int, run: TrainConfig) -> float:
+    """The share of the highest learning rate at a step (from 0): up in a line, down to zero."""
+    if step < run.warmup_steps:
+        return (step + 1) / (run.warmup_steps + 1)
+    left = (run.max_steps - step) / max(run.max_steps - run.warmup_steps, 1)  # from 1 down to 0
+    return left if run.schedule == "linear" else 0.5 - 0.5 * math.cos(math.pi * left)
+
+
+def update(model, batch: dict, optimizer, scaler, autocast, run: TrainConfig) -> torch.Tensor:
+    """One optimizer step, computed in run.grad_accum parts. Returns the loss per token."""
+    model.train()
+    rows = len(next(iter(batch.values())))
+    size, device = math.ceil(rows / run.grad_accum), next(model.parameters()).device
+    loss, weight = 0.0, 0.0
+    for i in range(0, rows, size):
+        part = {name: tensor[i : i + size].to(device) for name, tensor in batch.items()}
+        with autocast:
+            part_loss, part_weight, _ = loss_sum(model, part)
+        scaler.scale(part_loss / rows).backward()
+        loss, weight = loss + part_loss.detach(), weight + part_weight
+    scaler.unscale_(optimizer)
+    # Only now is the whole batch's weight known: from the sum per row to the mean per token; clip.
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    factor = rows / weight
+    if run.grad_clip:
+        length = torch.nn.utils.get_total_norm(gradients) * factor
+        factor = factor * (run.grad_clip / (length + 1e-6)).clamp(max=1)
+    for gradient in gradients:
+        gradient.mul_(factor)
+    scaler.step(optimizer)  # in float16: unless a gradient overflowed
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return loss / weight
+
+
+@torch.no_grad()
+def evaluate(model, batches, autocast) -> dict[str, float]:
+    """val_loss and the objective's metrics over all batches: each a quotient of two sums."""
+    model.eval()
+    device = next(model.parameters()).device
+    sums = {}
+    for batch in batches:
+        with autocast:
+            loss, weight, metrics = loss_sum(
+                model, {name: tensor.to(device) for name, tensor in batch.items()}
+            )
+        for name, (over, under) in {"val_loss": (loss, weight), **metrics}.items():
+            total = sums.setdefault(name, [0.0, 0.0])
+            total[0] += float(over)
+            total[1] += float(under)
+    return {name: over / under for name, (over, under) in sums.items()}
+
+
+class Trainer:
+    """A run: its corpus, model and optimizer, and how far it is.
+
+    Step n's batch and dropout are drawn from (seed, n), so a resumed run goes on exactly as if it
+    had never been stopped, and a checkpoint has to hold no generator's state.
+    """
+
+    def __init__(
+        self, run: TrainConfig, config: Config, objective: ObjectiveConfig,
+        checkpoint: dict | None = None,
+    ):
+        """checkpoint: what `data.load_checkpoint` read. With --init_from resume the run goes on
+        from its step; otherwise only its weights and tokenizer are taken."""
+        import data
+
+        self.out_dir = Path(run.out_dir)
+        self.device = data.choose_device(run.device)
+        self.dtype = data.choose_dtype(run.dtype, self.device)
+        if self.device.type == "cpu":
+            data.keep_freed_memory()
+        tokenizer = checkpoint["tokenizer"] if checkpoint else None
+        self.corpus = data.prepare(
+            run.data, config.vocab_size, SPECIAL_TOKENS, SEPARATOR, tokenizer
+        )
+        self.config = replace(config, vocab_size=self.corpus.tokenizer.vocab_size)
+        self.objective = objective
+        epoch = rows_per_epoch(self.corpus, self.config, objective)
+        steps = max(math.ceil(run.epochs * epoch / run.rows), 1) if run.epochs else run.max_steps
+        self.run = run = replace(
+            run, max_steps=steps, epochs=0.0, dtype=str(self.dtype).removeprefix("torch.")
+        )
+
+        torch.manual_seed(run.seed)
+        self.model = Model(self.config).to(self.device)
+        self.optimizer = Muon(self.model, run, self.dtype)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.autocast = data.autocast_to(self.dtype, self.device)
+        self.step, self.best = 0, math.inf
+        self.pending = []  # loss and number of tokens of the steps since the last report
+        if checkpoint:
+            self.model.load_state_dict(checkpoint["model"])
+            if run.init_from == "resume":
+                self.step, self.best = checkpoint["step"], checkpoint["best_loss"]
+                self.pending = [
+                    (torch.tensor(loss, device=self.device), n) for loss, n in checkpoint["pending"]
+                ]
+                groups = self.optimizer.state_dict()["param_groups"]  # as the flags say now
+                self.optimizer.load_state_dict(checkpoint["optimizer"] | {"param_groups": groups})
+                self.scaler.load_state_dict(checkpoint["scaler"])
+        self.compiled = torch.compile(self.model) if run.compile else self.model
+        self.log = data.RunLog(self.out_dir, self.step if run.init_from == "resume" else None)
+
+    def train(self) -> bool:
+        """Train to max_steps; False if Ctrl-C came first. Either way ckpt.pt is up to date."""
+        from data import interrupts
+
+        run = self.run
+        self.begin()
+        with interrupts() as pressed:
+            self.since = time.perf_counter()
+            while self.step < run.max_steps and not pressed:
+                self.pending.append(self.train_step())
+                self.step += 1
+                evaluating = self.step % run.eval_interval == 0 or self.step == run.max_steps
+                keeping = run.snapshot_interval and self.step % run.snapshot_interval == 0
+                if keeping or pressed:  # nothing is saved of a run that has come apart
+                    self.check(float(self.pending[-1][0]), self.step)
+                if evaluating or self.step % run.log_interval == 0:
+                    self.report()
+                if evaluating:
+                    self.evaluate_and_save()
+                if keeping:
+                    self.save(f"ckpt_{self.step:06d}.pt")
+            if pressed and self.step < run.max_steps:
+                self.save("ckpt.pt")
+        return self.step >= run.max_steps
+
+    def train_step(self) -> tuple[torch.Tensor, int]:
+        """One step on its batch; returns the loss per token and how many tokens it read."""
+        run = self.run
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["highest_lr"] * schedule(self.step, run)
+        torch.manual_seed(hash((run.seed, self.step)))  # for dropout
+        batch = train_batch(self.corpus, self.config, self.objective, run, self.step)
+        return (
+            update(self.compiled, batch, self.optimizer, self.scaler, self.autocast, run),
+            count_tokens(batch),
+        )
+
+    def evaluate_and_save(self) -> None:
+        """Evaluate, log, show a sample; keep the weights if the best so far; save the state."""
+        batches = eval_batches(self.corpus, self.config, self.objective, self.run.batch_size)
+        found = evaluate(self.model, batches, self.autocast)
+        self.check(found["val_loss"], self.step)
+        self.log.write(step=self.step, **found)
+        self.log.say("  ".join(
+            [f"step {self.step}", *(f"{name} {value:.4f}" for name, value in found.items())]
+        ))
+        if self.step < self.run.max_steps:
+            self.log.say(*("    " + line for line in self.show(40).splitlines() if line))
+        if found["val_loss"] < self.best:
+            self.best = found["val_loss"]
+            self.save("best.pt", weights_only=True)
+        self.save("ckpt.pt")
+        self.log.draw(f"{NAME}: loss per token, {self.step} of {self.run.max_steps} steps")
+        self.since = time.perf_counter()
+
+    def show(self, length: int) -> str:
+        """A sample of what the model can do by now."""
+        torch.manual_seed(self.run.seed)
+        self.model.eval()
+        with self.autocast:
+            return demonstrate(self.model, self.corpus, length)
+
+    def report(self) -> None:
+        """Log the mean loss since the last report. Raises ValueError if the run has come apart."""
+        run = self.run
+        losses = torch.stack([loss for loss, _ in self.pending]).tolist()  # (waits for the device)
+        seconds, self.since = time.perf_counter() - self.since, time.perf_counter()
+        for step, loss in enumerate(losses, self.step - len(losses) + 1):
+            self.check(loss, step)
+        loss, lr = sum(losses) / len(losses), schedule(self.step - 1, run) * run.lr
+        speed = sum(tokens for _, tokens in self.pending) / seconds
+        self.pending = []
+        self.log.write(step=self.step, loss=loss, lr=lr, tokens_per_second=round(speed))
+        left = (run.max_steps - self.step) * seconds / len(losses)
+        self.log.progress(
+            f"step {self.step}/{run.max_steps}  loss {loss:.3f}  {speed:,.0f} tokens/s  "
+            f"{left // 60:.0f}:{left % 60:02.0f} left"
+        )
+
+    def check(self, loss: float, step: int) -> None:
+        """Raises ValueError for a loss that is no number any more."""
+        if not math.isfinite(loss):
+            raise ValueError(
+                f"the loss became {loss} at step {step}; the last good checkpoint is kept "
+                f"in {self.out_dir}. Try half the --lr and --matrix_lr, a longer --warmup_steps, "
+                "or --dtype float32"
+            )
+
+    def begin(self) -> None:
+        """Say what comes; write run.json, tokenizer.json and, for a new run, the first ckpt.pt."""
+        from data import replacing
+
+        corpus, config, run = self.corpus, self.config, self.run
+        with replacing(self.out_dir / "run.json", "w") as file:
+            json.dump(asdict(config) | asdict(self.objective) | asdict(run), file, indent=1)
+        corpus.tokenizer.save(self.out_dir / "tokenizer.json")
+        weights = sum(p.numel() for p in self.model.parameters())
+        self.log.say(
+            f"data: {run.data}, {corpus.documents:,} document{'s' * (corpus.documents != 1)}; "
+            f"{len(corpus.train):,} tokens to train on, {len(corpus.validation):,} to validate; "
+            f"vocabulary of {config.vocab_size:,}",
+            f"model: {weights / 1e6:.2f} million parameters, on {self.device.type} in {run.dtype}; "
+            f"{run.max_steps:,} steps of {run.rows} sequences",
+        )
+        if self.step:
+            self.log.say(f"resumed at step {self.step}")
+        else:
+            self.save("ckpt.pt")
+        if run.init_from == "scratch":
+            (self.out_dir / "best.pt").unlink(missing_ok=True)  # of an earlier run
+
+    def save(self, name: str, weights_only: bool = False) -> None:
+        """Write a checkpoint: tensors and plain types only. The old one stays until it is whole."""
+        from data import replacing
+
+        state = dict(
+            name=NAME, step=self.step, best_loss=self.best,
+            config=asdict(self.config), objective=asdict(self.objective), run=asdict(self.run),
+            documents=self.corpus.documents, model=self.model.state_dict(),
+            pending=[(float(loss), tokens) for loss, tokens in self.pending],
+        )
+        if not weights_only:
+            state |= dict(optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict())
+        with replacing(self.out_dir / name) as file:
+            torch.save(state, file)
+
+
+# --------------------------------------------------------------------------------------------------
+# 8. The command line
+# --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class EvalConfig(RunConfig):
+    """What to evaluate on."""
+
+    data: str = ""  # as in training; without it, what the model was trained on
+    batch_size: int = 32  # sequences that are computed at once
+
+
+def train_command(settings: dict, given: dict) -> int:
+    """Train, from scratch, from a checkpoint's weights, or where a run was stopped."""
+    import data
+
+    init_from, checkpoint = settings["init_from"], None
+    if init_from != "scratch":
+        folder = Path(settings["out_dir"])
+        if init_from == "resume" and not (folder / "ckpt.pt").exists():
+            raise ValueError(
+                f"nothing to resume in {folder}: no ckpt.pt; "
+                "train with --init_from scratch, or set --out_dir"
+            )
+        path = folder / "ckpt.pt" if init_from == "resume" else init_from
+        checkpoint, _ = data.load_checkpoint(path, NAME, lambda config: Model(Config(**config)))
+        for name, value in checkpoint["config"].items():
+            if name in given and given[name] != value and name != "dropout":
+                raise ValueError(
+                    f"--{name} {given[name]} does not fit the checkpoint, "
+                    f"which has {value}: leave it out"
+                )
+        settings |= checkpoint["config"] | {k: v for k, v in given.items() if k == "dropout"}
+        if init_from == "resume":
+            settings |= checkpoint["objective"] | checkpoint["run"] | given
+            settings["out_dir"] = str(folder)  # also when it has been moved since
+    config, objective, run = (
+        data.build(cls, settings) for cls in (Config, ObjectiveConfig, TrainConfig)
+    )
+    trainer = Trainer(run, config, objective, checkpoint)
+    again = "" if run.out_dir == f"out/{NAME}" else f" --out_dir {run.out_dir}"
+    if not trainer.train():
+        trainer.log.say(
+            f"stopped at step {trainer.step}. To go on: python {NAME}.py --init_from resume{again}"
+        )
+        return 130
+    trainer.log.say(
+        *("", trainer.show(400).strip(), ""),
+        f"Done: {run.out_dir} holds the checkpoints, log.jsonl and loss.svg. Try next:",
+        f"  python {NAME}.py generate{again}",
+        f"  python {NAME}.py eval{again}",
+        f"  python {NAME}.py --init_from resume --max_steps {2 * trainer.run.max_steps}{again}",
+    )
+    return 0
+
+
+def load_model(load: RunConfig):
+    """(model, checkpoint, device, dtype): the weights that --init_from or --out_dir name."""
+    import data
+
+    paths = [load.init_from] if load.init_from else [
+        Path(load.out_dir) / name for name in ("best.pt", "ckpt.pt")
+    ]
+    path = next((path for path in paths if Path(path).exists()), paths[-1])
+    checkpoint, model = data.load_checkpoint(path, NAME, lambda config: Model(Config(**config)))
+    data.say(f"{path}: step {checkpoint['step']}")
+    device = data.choose_device(load.device)
+    return model.to(device).eval(), checkpoint, device, data.choose_dtype(load.dtype, device)
+
+
+def eval_command(settings: dict, given: dict) -> int:
+    """Print the validation loss and metrics of a model as a line of JSON."""
+    import data
+
+    options = data.build(EvalConfig, settings)
+    model, checkpoint, device, dtype = load_model(options)
+    source = options.data or checkpoint["run"]["data"]
+    config = Config(**checkpoint["config"])
+    objective = data.build(ObjectiveConfig, checkpoint["objective"])
+    corpus = data.prepare(
+        source, config.vocab_size, SPECIAL_TOKENS, SEPARATOR, checkpoint["tokenizer"]
+    )
+    batches = eval_batches(corpus, config, objective, options.batch_size)
+    row = {"step": checkpoint["step"], **evaluate(model, batches, data.autocast_to(dtype, device))}
+    print(json.dumps(row | {"perplexity": math.exp(min(row[TOKEN_LOSS], 700))}))
+    return 0
+
+
+def generate_command(settings: dict, given: dict) -> int:
+    """Let a model write."""
+    from data import build
+
+    options = build(GenerateConfig, settings)
+    model, checkpoint, _, dtype = load_model(build(RunConfig, settings))
+    torch.manual_seed(settings["seed"])
+    write_samples(model.to(dtype), checkpoint, options)
+    return 0
+
+
+def bench_command(settings: dict, given: dict) -> int:
+    """Measure training and generation with random weights and tokens; print a line of JSON."""
+    import data
+
+    config, objective, run = (
+        data.build(cls, settings) for cls in (Config, ObjectiveConfig, TrainConfig)
+    )
+    device = data.choose_device(run.device)
+    dtype = data.choose_dtype(run.dtype, device)
+    if device.type == "cpu":
+        data.keep_freed_memory()
+    model = Model(config).to(device)
+    optimizer, autocast = Muon(model, run, dtype), data.autocast_to(dtype, device)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    compiled = torch.compile(model) if run.compile else model
+    corpus = data.random_corpus(config.vocab_size, SPECIAL_TOKENS)
+    times = []
+    while len(times) < 5 or (sum(times) < 8 and len(times) < 100):
+        start = time.perf_counter()
+        batch = train_batch(corpus, config, objective, run, run.max_steps + len(times))
+        update(compiled, batch, optimizer, scaler, autocast, run).item()
+        times.append(time.perf_counter() - start)
+    seconds = statistics.median(times[2:])  # the first ones warm up
+    tokens, gflops = count_tokens(batch), count_flops(model, batch) / seconds / 1e9
+    peak = data.matmul_gflops(device, dtype, 1024 if device.type == "cpu" else 8192, seconds=0.5)
+    row = dict(
+        ms_per_step=seconds * 1e3, tokens_per_second=tokens / seconds,
+        gflops=gflops, matmul_gflops=peak,
+    )
+    row |= dict(share=gflops / peak, peak_memory_mb=data.peak_memory_mb(device))
+    print(json.dumps(row | generate_speeds(model.eval().to(dtype))))
+    return 0
+
+
+COMMANDS = {
+    "train": (train_command, (Config, ObjectiveConfig, TrainConfig)),
+    "generate": (generate_command, (GenerateConfig, RunConfig)),
+    "eval": (eval_command, (EvalConfig,)),
+    "bench": (bench_command, (Config, ObjectiveConfig, TrainConfig)),
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; exit status: 0 done, 2 the user's mistake (a line says which), 130 Ctrl-C."""
+    try:
+        from data import parse_command
+
+        presets = {name: PRESETS[name] | RECIPES.get(name, {}) for name in PRESETS}
+        arguments = sys.argv[1:] if arguments is None else arguments
+        command, settings, given = parse_command(NAME, COMMANDS, presets, arguments)
+        return command(settings, given)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `... | head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except ModuleNotFoundError as error:
+        if error.name not in ("bpe", "data"):
+            raise
+        print(
+            f"error: {error.name}.py is missing: put bpe.py and data.py beside {NAME}.py",
+            file=sys.stderr,
+        )
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
