@@ -1,4 +1,4 @@
-"""What the three models read from a disk or the net, and what a run writes beside its weights.
+"""What the three models read from a disk or the net, and what a run writes.
 
     corpus = prepare("input.txt", 1024, ["<|endoftext|>"], separator="<|endoftext|>")
     corpus.tokenizer, corpus.train, corpus.validation        # the tokens are memory-mapped arrays
@@ -12,6 +12,11 @@ file in the cache folder, so the second run starts at once:
     4. tokens       a tokenizer is trained on the training part; both parts are encoded, in pieces
 
 Memory stays bounded: a text is only ever read in pieces of a few megabytes, by all cores.
+
+    folder = pretrained_folder("gpt2")                       # or a folder of yours
+    load_weights(folder, {"wte.weight": model.embedding.weight, ...})
+
+Published weights are read straight into the parameters, and no code in them is ever run.
 """
 
 import argparse
@@ -39,6 +44,7 @@ import tarfile
 import tempfile
 import time
 import typing
+import zipfile
 from collections import Counter
 from pathlib import Path
 
@@ -97,32 +103,41 @@ def replacing(path, mode: str = "wb"):
 # --------------------------------------------------------------------------------------------------
 
 
+class Refused(OSError):
+    """A server's answer that trying again does not change; `status` is its number, say 404."""
+
+    def __init__(self, url: str, status: int, reason: str):
+        super().__init__(f"{url} answered {status} {reason}: check the address")
+        self.status = status
+
+
 def download(
-    url: str, path, size: int | None = None, digest: str | None = None, tries: int = 5
+    url: str, path, size: int | None = None, digest: str | None = None, tries: int = 5,
+    token: str = "", page: bool = True,
 ) -> Path:
     """Fetch `url` to `path` unless it is there. What arrives stays in PATH.part and is continued.
 
-    digest: "sha256:..." or "md5:..." of the whole file. Raises OSError when the server refuses,
-    when the connection broke `tries` times without a byte of progress, or when size or digest are
-    not as expected.
+    digest: "sha256:..." or "md5:..." of the whole file. token: shown to the host of `url` alone.
+    page: whether a web page may be what is wanted. Raises Refused when the server refuses, OSError
+    when the connection broke `tries` times without a byte of progress, or when what arrived is not
+    as expected.
     """
-    import requests  # takes a fifth of a second, so only where it is needed
-
     path = Path(path)
     if path.exists():
         return path
+    import requests  # takes a fifth of a second, so only where it is needed
+
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     failures, reason = 0, ""
     while failures < tries:
         have = part.stat().st_size if part.exists() else 0
         try:
-            complete = _fetch(requests, url, part, have)
+            complete = _fetch(requests, url, part, have, token)
         except requests.HTTPError as error:
             status = error.response.status_code
             if status < 500 and status != 429:  # (429: too many requests)
-                raise OSError(
-                    f"{url} answered {status} {error.response.reason}: check the address") from None
+                raise Refused(url, status, error.response.reason) from None
             reason = f"it answered {status}"
         except (requests.RequestException, ConnectionError) as error:
             reason = type(error).__name__
@@ -136,14 +151,16 @@ def download(
     else:
         raise OSError(
             f"cannot download {url}: {reason}, {tries} times; the same command continues it later")
-    _check_download(part, url, size, digest)
+    _check_download(part, url, size, digest, page)
     os.replace(part, path)
     return path
 
 
-def _fetch(requests, url: str, part: Path, have: int) -> bool:
+def _fetch(requests, url: str, part: Path, have: int, token: str) -> bool:
     """One request for what comes after the first `have` bytes. True when the file is complete."""
     headers = {"Range": f"bytes={have}-"} if have else {}
+    if token:  # requests takes it off where it is redirected to another host
+        headers["Authorization"] = f"Bearer {token}"
     headers["Accept-Encoding"] = "identity"  # so that sizes are those of the file
     with requests.get(url, headers=headers, stream=True, timeout=30) as answer:
         if answer.status_code == 416:  # nothing comes after: we have it all, or a stale part
@@ -175,11 +192,15 @@ def _show_download(url: str, have: int, total: int | None) -> None:
               end="", file=sys.stderr, flush=True)
 
 
-def _check_download(part: Path, url: str, size: int | None, digest: str | None) -> None:
+def _check_download(
+    part: Path, url: str, size: int | None, digest: str | None, page: bool
+) -> None:
     """Remove the file and raise OSError where it is not what was expected."""
     problem = ""
     if size is not None and part.stat().st_size != size:
         problem = f"has {part.stat().st_size:,} bytes instead of {size:,}"
+    elif not page and disguise(part):
+        problem = f"is {disguise(part)}"
     elif digest is not None:
         algorithm, _, expected = digest.partition(":")
         found = hashlib.new(algorithm)
@@ -191,6 +212,17 @@ def _check_download(part: Path, url: str, size: int | None, digest: str | None) 
     if problem:
         part.unlink()
         raise OSError(f"what came from {url} {problem}: it was removed; try again later")
+
+
+def disguise(path) -> str:
+    """What stands here in place of a model's file, where the first bytes betray it; else ""."""
+    with open(path, "rb") as file:
+        begin = file.read(200).lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if begin.startswith((b"<!doctype html", b"<html")):
+        return "a web page instead of the file"
+    if begin.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer instead of the file (git lfs pull fetches that)"
+    return ""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -559,7 +591,325 @@ def shuffled_rows(n: int, seed: int, first: int, count: int) -> tuple[np.ndarray
 
 
 # --------------------------------------------------------------------------------------------------
-# 5. What a run writes: its log and the chart of it
+# 5. Weight files: published models come in, ours go out
+# --------------------------------------------------------------------------------------------------
+
+VOCABULARIES = ("spiece.model", "vocab.json", "merges.txt", "vocab.txt")  # until tokenizer.json
+DTYPES = {  # what safetensors calls them: what torch calls them
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
+    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
+}
+
+
+def pretrained_folder(name_or_folder) -> Path:
+    """The folder of a published model: an existing one, or in the cache what the hub has of a name.
+
+    A name (`gpt2`, `google/t5-v1_1-small`) is fetched once from $HF_ENDPOINT, huggingface.co
+    without it; $HF_TOKEN opens what is private. What has arrived stays: the same command continues
+    a download that broke off, and asks nobody for what is complete. Raises ValueError where it is
+    neither a folder nor a name, OSError where the hub does not give the model.
+    """
+    name = str(name_or_folder)
+    if Path(name).is_dir():
+        return Path(name)
+    if not re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", name, re.ASCII) or re.search(r"\.\.|--", name):
+        raise ValueError(
+            f"{name} is neither a folder nor a model's name, like gpt2 or google/t5-v1_1-small")
+    folder = cache_folder() / "hub" / name.replace("/", "--")
+    note = folder / "absent.txt"  # the files that the hub does not have
+    known = set(note.read_text().split()) if note.exists() else set()
+    absent = set(known)
+    get = functools.partial(hub_file, name, folder, absent)
+    if not get("config.json"):
+        raise OSError(f"there is no model {name} with a config.json, here or on the hub: "
+                      f"check the spelling")
+    get("tokenizer_config.json")
+    if not get("tokenizer.json"):
+        for file in VOCABULARIES:
+            get(file)
+    if not weight_files(get):
+        raise OSError(f"the hub has no model.safetensors or pytorch_model.bin of {name}")
+    if absent != known:  # only now: what was missing from half a model may still be uploaded
+        with replacing(note, "w") as file:
+            file.write("\n".join(sorted(absent)))
+    return folder
+
+
+def hub_file(name: str, folder: Path, absent: set[str], file: str) -> Path | None:
+    """The path in `folder` of a file of a model on the hub, fetched where it is not there.
+
+    None where the hub does not have it; then it is added to `absent`, and not asked for again.
+    """
+    if file in absent:
+        return None
+    hub = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+    token = os.environ.get("HF_TOKEN", "").strip()
+    try:
+        return download(
+            f"{hub}/{name}/resolve/main/{file}", folder / file, token=token, page=False)
+    except Refused as error:
+        if error.status == 404:
+            absent.add(file)
+            return None
+        if error.status in (401, 403):  # 401 is also how the hub hides that there is no such model
+            raise OSError(
+                f"{name} is no folder here, and the hub answered {error.status}: check the "
+                f"spelling; if it is private or gated, set HF_TOKEN to a token that may read it"
+            ) from None
+        raise
+
+
+def weight_files(get) -> list[Path]:
+    """The files with a model's weights: one, or its shards; [] without any.
+
+    get(file name) -> path, or None where the model has no such file.
+    """
+    for file in ("model.safetensors", "pytorch_model.bin"):
+        whole = get(file)
+        if whole:
+            return [whole]
+        index = get(f"{file}.index.json")
+        if index:
+            return shards_of(index, get)
+    return []
+
+
+def shards_of(index: Path, get) -> list[Path]:
+    """The files that an index names. Raises ValueError for all but names of files beside it."""
+    kind = index.name.split(".")[1]  # safetensors or bin
+    listed = read_object(index).get("weight_map")  # name of a tensor -> file
+    names = sorted({*map(str, listed.values())}) if isinstance(listed, dict) else []
+    bad = [name for name in names if not re.fullmatch(rf"\w[\w.-]*\.{kind}", name, re.ASCII)]
+    bad = bad or [name for name in names if not get(name)]
+    if bad or not names:
+        raise ValueError(f"{index} names {(bad or ['nothing'])[0]!r}, no .{kind} file beside it")
+    return [get(name) for name in names]
+
+
+def read_object(path) -> dict:
+    """The JSON object in a file. Raises ValueError where it cannot be read or is something else."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {disguise(path) or error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f'{path} is not a JSON object like {{"n_layer": 6}}')
+    return content
+
+
+def read_config(folder) -> dict:
+    """config.json of a published model's folder. Raises ValueError where it is not there, too."""
+    return read_object(Path(folder) / "config.json")
+
+
+class Stored(typing.NamedTuple):
+    """A tensor in a weight file, not read yet."""
+
+    dtype: typing.Any  # a torch.dtype
+    shape: tuple[int, ...]
+    fill: typing.Callable  # fill(target) writes it into a tensor of this shape
+
+
+def stored_weights(folder):
+    """Yield (file, name in it, Stored) for each tensor of the weight files in a folder."""
+    folder = Path(folder)
+    files = weight_files(lambda file: folder / file if (folder / file).is_file() else None)
+    if not files:
+        raise OSError(
+            f"there are no weights in {folder}: no model.safetensors, no pytorch_model.bin")
+    for path in files:
+        try:
+            tensors = (read_header if path.suffix == ".safetensors" else read_pickle)(path)
+        except OSError:
+            raise
+        except Exception as error:  # a foreign file can fail in any way
+            reason = disguise(path) or (
+                str(error).partition("\n")[0][:200] if isinstance(error, (ValueError, RuntimeError))
+                else "it is something else, or holds code")
+            raise ValueError(f"{path} is no whole file of weights: {reason}") from None
+        for name, stored in tensors.items():
+            yield path, name, stored
+
+
+def read_header(path: Path) -> dict[str, Stored]:
+    """The tensors of a safetensors file: 8 bytes (the header's length), a header in JSON, numbers.
+
+    The header says of each tensor its dtype, its shape, and where its bytes begin and end behind
+    the header. There they stand one behind the other, without gaps. Nothing that it says is
+    believed unchecked; where it is wrong, this raises ValueError, TypeError, or what else comes.
+    """
+    import torch
+
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > min(size - 8, 100_000_000):
+            raise ValueError(f"a header of {length:,} bytes in a file of {size:,}")
+        header = json.loads(file.read(length).decode(), object_pairs_hook=without_repetition)
+    header.pop("__metadata__", None)
+    tensors, at = {}, 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        shape = tuple(entry["shape"])
+        if entry["dtype"] not in DTYPES or len(shape) > 32 or not all(
+            type(n) is int and n >= 0 for n in shape
+        ):
+            raise ValueError(f"{name!r} cannot be of dtype {entry['dtype']!r} and shape {shape}")
+        dtype = getattr(torch, DTYPES[entry["dtype"]])
+        end = at + math.prod(shape) * dtype.itemsize
+        if entry["data_offsets"] != [at, end]:
+            raise ValueError(f"{name!r} has bytes {entry['data_offsets']} instead of {[at, end]}")
+        fill = functools.partial(read_tensor, path, 8 + length + at, dtype)
+        tensors[name], at = Stored(dtype, shape, fill), end
+    if 8 + length + at != size:
+        raise ValueError(f"it has {size:,} bytes instead of {8 + length + at:,}")
+    return tensors
+
+
+def without_repetition(pairs: list[tuple]) -> dict:
+    """A JSON object's pairs as a dictionary."""
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a name is given twice in its header")
+    return dict(pairs)
+
+
+def read_tensor(path: Path, start: int, dtype, target) -> None:
+    """Fill `target` with the numbers of `dtype` that begin at byte `start`.
+
+    They are read straight into its memory where it holds the same, else by way of one temporary
+    tensor. (The file is not memory-mapped: its pages would count as this process's memory.)
+    """
+    import torch
+
+    same = target.dtype == dtype and target.is_contiguous() and target.device.type == "cpu"
+    tensor = target if same else torch.empty(target.shape, dtype=dtype)
+    with open(path, "rb") as file:
+        file.seek(start)
+        file.readinto(as_bytes(tensor))
+    if not same:
+        target.copy_(tensor)
+
+
+def as_bytes(tensor) -> np.ndarray:
+    """The memory of a contiguous tensor on the CPU, (bytes,) uint8."""
+    import torch
+
+    return tensor.reshape(-1).view(torch.uint8).numpy()
+
+
+def read_pickle(path: Path) -> dict[str, Stored]:
+    """The tensors of a pytorch_model.bin. Raises pickle.UnpicklingError where it holds code."""
+    import torch
+
+    content = torch.load(  # (files from before PyTorch 1.6 are no zip archives)
+        path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    if not isinstance(content, dict):
+        raise ValueError(f"it holds a {type(content).__name__} instead of tensors and their names")
+    tensors = {}
+    for name, tensor in content.items():
+        if not isinstance(tensor, torch.Tensor) or (
+            (tensor.layout, tensor.device.type) != (torch.strided, "cpu")
+        ):
+            raise ValueError(f"{name!r} in it is no plain tensor")
+        tensors[name] = Stored(
+            tensor.dtype, tuple(tensor.shape), lambda target, source=tensor: target.copy_(source))
+    return tensors
+
+
+def weight_names(folder) -> set[str]:
+    """The names in a folder's weight files, as they stand there: no tensor is read for them.
+
+    Raises what `load_weights` raises for files that cannot be read.
+    """
+    return {name for _, name, _ in stored_weights(folder)}
+
+
+def place(tensor) -> tuple:
+    """Equal for two tensors that are the same view of the same memory."""
+    return tensor.data_ptr() or id(tensor), tensor.shape, tensor.stride()  # (0: it is empty)
+
+
+def load_weights(folder, targets: dict, rename=lambda name: name, passed_over: str = "") -> None:
+    """Fill every target with its tensor from the weight files in `folder`.
+
+    targets: published name -> tensor of the published shape to be filled, which may be a view with
+        any strides. Names may share a tensor (tied weights): one of them has to be in the files;
+        where more are, they have to agree.
+    rename: name in a file -> published name.
+    passed_over: a regular expression of published names that are known not to be weights.
+
+    Takes the memory of one tensor at a time (of all of a pytorch_model.bin). Raises ValueError,
+    before anything is filled, where a tensor is missing, unknown, there twice, or of another shape
+    or kind of number; OSError where there are no weights.
+    """
+    found = {}  # published name -> (file, tensor in it)
+    for path, name, stored in stored_weights(folder):
+        name = rename(name)
+        if name in found:
+            raise ValueError(f"{path}: {name!r} is there for the second time")
+        if name in targets or not re.fullmatch(passed_over, name):
+            found[name] = path, stored
+    _check_fit(folder, found, targets)
+    filled = {}  # place in memory -> the first name it was filled with
+    for name, (path, stored) in found.items():
+        target = targets[name].detach()
+        first = filled.setdefault(place(targets[name]), name)
+        if first == name:
+            stored.fill(target)
+            continue
+        again = target.clone()
+        stored.fill(again)
+        if not again.equal(target):
+            raise ValueError(f"{path}: {name!r} differs from {first!r}; this model ties them")
+
+
+def _check_fit(folder, found: dict, targets: dict) -> None:
+    reached = {place(targets[name]) for name in found if name in targets}
+    problems = [f"{folder}: {name!r} is missing" for name, target in targets.items()
+                if place(target) not in reached]
+    for name, (path, stored) in found.items():
+        target = targets.get(name)
+        if target is None:
+            problems.append(f"{path}: {name!r} is not a weight of this model")
+        elif (stored.shape, stored.dtype.is_floating_point) != (
+            tuple(target.shape), target.dtype.is_floating_point
+        ):
+            problems.append(f"{path}: {name!r} is {stored.dtype} {stored.shape} instead of "
+                            f"{target.dtype} {tuple(target.shape)}")
+    if problems:
+        more = f" ({len(problems) - 1} more do not fit)" if problems[1:] else ""
+        raise ValueError(problems[0] + more)
+
+
+def save_weights(folder, tensors: dict) -> None:
+    """Write FOLDER/model.safetensors, which `safetensors` and `transformers` open.
+
+    tensors: published name -> tensor, as for `load_weights`; of names that share one (tied
+    weights) only the first is written. Takes the memory of one tensor at a time.
+    """
+    own = {}  # place in memory -> (name, tensor)
+    for name, tensor in tensors.items():
+        own.setdefault(place(tensor), (name, tensor))
+    # The wider numbers come first, so that each tensor begins at a multiple of its numbers' size.
+    ordered = sorted(own.values(), key=lambda item: -item[1].element_size())
+    names, at = {f"torch.{dtype}": name for name, dtype in DTYPES.items()}, 0
+    header = {"__metadata__": {"format": "pt"}}
+    for name, tensor in ordered:
+        end = at + tensor.numel() * tensor.element_size()
+        header[name] = dict(
+            dtype=names[str(tensor.dtype)], shape=list(tensor.shape), data_offsets=[at, end])
+        at = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with replacing(Path(folder) / "model.safetensors") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _, tensor in ordered:
+            file.write(as_bytes(tensor.detach().cpu().contiguous()))
+
+
+# --------------------------------------------------------------------------------------------------
+# 6. What a run writes: its log and the chart of it
 # --------------------------------------------------------------------------------------------------
 
 
@@ -680,7 +1030,7 @@ def line_chart(
 
 
 # --------------------------------------------------------------------------------------------------
-# 6. The command line: flags out of dataclasses
+# 7. The command line: flags out of dataclasses
 # --------------------------------------------------------------------------------------------------
 
 
@@ -748,14 +1098,7 @@ def defaults_of(classes) -> dict:
 
 def read_settings(path: str, classes) -> dict:
     """A file of settings (run.json, or yours). Raises ValueError if not all are fields of these."""
-    try:
-        settings = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(settings, dict):
-        raise ValueError(f'{path} is not a JSON object like {{"n_layer": 6}}')
+    settings = read_object(path)
     hints = {name: hint for cls in classes for name, hint in typing.get_type_hints(cls).items()}
     for name, value in settings.items():
         if name not in hints:
@@ -809,7 +1152,7 @@ def parse_command(name: str, commands: dict, presets: dict, arguments: list[str]
 
 
 # --------------------------------------------------------------------------------------------------
-# 7. The machine
+# 8. The machine
 # --------------------------------------------------------------------------------------------------
 
 

@@ -13,12 +13,16 @@ import itertools
 import json
 import math
 import os
+import pickle
 import random
 import re
+import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tarfile
+import tempfile
 import threading
 import time
 import unicodedata
@@ -209,15 +213,22 @@ def test_same_merges_and_ids_as_the_tokenizers_library(tmp_path):
 
 
 class Server(http.server.BaseHTTPRequestHandler):
-    """Serves `files`; cuts a connection after `cut` bytes of it, as often as `cuts` says; notes
-    each request."""
+    """Serves `files`: path -> bytes, or the number of an error, or the address it has moved to.
+    Cuts a connection that has more to send after `cut` bytes, as often as `cuts` says; notes each
+    request, and the tokens that each host has seen."""
 
-    files, cuts, cut, ranges, seen = {}, 0, 20_000, True, []
+    files, cuts, cut, ranges, seen, tokens = {}, 0, 20_000, True, [], set()
 
     def do_GET(self):
         start = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").rstrip("-"))
         Server.seen.append((self.path, start))
+        Server.tokens.add(
+            (self.headers["Host"].partition(":")[0], self.headers.get("Authorization")))
         body = self.files.get(self.path)
+        if isinstance(body, str):
+            self.send_response(307)
+            self.send_header("Location", body)
+            return self.end_headers()
         if isinstance(body, int) or body is None:
             return self.send_error(body or 404)
         if not self.ranges:
@@ -230,7 +241,7 @@ class Server(http.server.BaseHTTPRequestHandler):
         self.send_response(206 if start else 200)
         self.send_header("Content-Length", str(len(body) - start))
         self.end_headers()
-        if Server.cuts > 0:
+        if Server.cuts > 0 and len(body) - start > self.cut:
             Server.cuts -= 1
             self.wfile.write(body[start : start + self.cut])
             self.wfile.flush()
@@ -244,9 +255,10 @@ class Server(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch):
-    Server.files, Server.cuts, Server.ranges, Server.seen = {}, 0, True, []
+    Server.files, Server.cuts, Server.cut, Server.ranges = {}, 0, 20_000, True
+    Server.seen, Server.tokens = [], set()
     serving = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
-    threading.Thread(target=serving.serve_forever, daemon=True).start()
+    threading.Thread(target=serving.serve_forever, args=(0.01,), daemon=True).start()
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     yield f"http://127.0.0.1:{serving.server_port}"
     serving.shutdown()
@@ -435,6 +447,372 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
         file.write("half")
         raise KeyError
     assert path.read_text() == "old" and list(tmp_path.glob("a*")) == [path]
+
+
+def safetensors_file(tensors, header=None) -> bytes:
+    """A file made by hand: name -> (dtype, shape, bytes); `header` in place of the right one."""
+    entries, numbers = {}, b""
+    for name, (dtype, shape, content) in tensors.items():
+        entries[name] = dict(
+            dtype=dtype, shape=shape, data_offsets=[len(numbers), len(numbers) + len(content)])
+        numbers += content
+    text = header if header is not None else json.dumps(entries).encode()
+    return struct.pack("<Q", len(text)) + text + numbers
+
+
+def folder_of(**files) -> Path:
+    """A new folder with these files: config__json=b"{}" becomes config.json."""
+    folder = Path(tempfile.mkdtemp(dir="."))
+    for name, content in files.items():
+        (folder / name.replace("__", ".")).write_bytes(content)
+    return folder
+
+
+ONES = ("F32", [2], struct.pack("<2f", 1, 1))
+SIX = ("F32", [2, 3], struct.pack("<6f", 1, 2, 3, 4, 5, 6))
+
+
+def saved(content) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+def test_weights_are_read_into_views_of_any_kind():
+    folder = folder_of(model__safetensors=safetensors_file({
+        "transformer.wte.gamma": SIX,
+        "half": ("BF16", [2], bytes.fromhex("803f20c0")),
+        "one": ("F64", [], struct.pack("<d", 0.5)),
+        "h.0.attn.bias": ("U8", [2], b"ab"),
+    }))
+    assert data.weight_names(folder) == {"transformer.wte.gamma", "half", "one", "h.0.attn.bias"}
+    turned, fused, one = torch.zeros(3, 2, requires_grad=True), torch.zeros(4), torch.zeros(())
+    targets = {"wte.weight": turned.T, "half": fused[1:3], "one": one, "lm_head": turned.T}
+    data.load_weights(
+        folder, targets, passed_over=r"h\.\d+\.attn\.bias",
+        rename=lambda name: name.removeprefix("transformer.").replace("gamma", "weight"))
+    assert turned.tolist() == [[1, 4], [2, 5], [3, 6]] and one.item() == 0.5
+    assert fused.tolist() == [0, 1, -2.5, 0]
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin", "bin of before PyTorch 1.6"])
+def test_weights_in_shards(kind):
+    folder = folder_of()
+    whole = "model.safetensors" if kind == "safetensors" else "pytorch_model.bin"
+    for name, stored in (("a", ONES), ("b", SIX)):
+        values = torch.tensor(np.frombuffer(stored[2], "<f4")).reshape(stored[1])
+        (folder / f"{name}.{whole}").write_bytes(safetensors_file({name: stored}))
+        if kind != "safetensors":
+            torch.save({name: values}, folder / f"{name}.{whole}",
+                       _use_new_zipfile_serialization="before" not in kind)
+    index = folder / f"{whole}.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": f"a.{whole}", "b": f"b.{whole}"}}))
+    targets = dict(a=torch.zeros(2), b=torch.zeros(2, 3))
+    data.load_weights(folder, targets)
+    assert targets["a"].tolist() == [1, 1] and targets["b"].flatten().tolist() == [*range(1, 7)]
+    (folder / f"c.{whole}").write_bytes((folder / f"a.{whole}").read_bytes())
+    for wrong, problem in (("../../x.bin", "'../../x.bin', no .* file beside it"),
+                           ("/etc/passwd", "'/etc/passwd'"), (f"..\\{whole}", "beside it"),
+                           (f"{whole}\n", "beside it"), (["x"], "beside it"),
+                           ("config.json", "'config.json'"), (f"d.{whole}", f"names 'd.{whole}'"),
+                           (f"c.{whole}", f"c.{whole}: 'a' is there for the second time")):
+        index.write_text(json.dumps({"weight_map": {"a": f"a.{whole}", "b": wrong}}))
+        with pytest.raises(ValueError, match=problem):
+            data.load_weights(folder, targets)
+    for wrong in ("{}", '{"weight_map": ["a"]}', "<html>"):
+        index.write_text(wrong)
+        with pytest.raises(ValueError, match="names 'nothing'|is not JSON: a web page"):
+            data.load_weights(folder, targets)
+
+
+def test_weights_that_do_not_fit_leave_the_model_as_it_is():
+    w = torch.zeros(2)
+    for tensors, targets, problem in (
+        (dict(a=ONES), dict(a=w, b=torch.zeros(3), c=torch.zeros(1)),
+         r"'b' is missing \(1 more do not fit\)$"),
+        (dict(a=ONES, b=ONES, c=ONES), dict(a=w),
+         r"model.safetensors: 'b' is not a weight of this model \(1 more do not fit\)$"),
+        (dict(a=SIX), dict(a=torch.zeros(3, 2)),
+         r"model.safetensors: 'a' is torch.float32 \(2, 3\) instead of torch.float32 \(3, 2\)$"),
+        (dict(a=("I32", [2], bytes(8))), dict(a=w), "'a' is torch.int32"),
+        (dict(a=ONES), dict(a=w.long()), "instead of torch.int64"),
+        ({"a": ONES, "x.a": ONES}, dict(a=w), "'a' is there for the second time"),
+        ({}, dict(a=w), "'a' is missing$"),
+    ):
+        folder = folder_of(model__safetensors=safetensors_file(tensors))
+        with pytest.raises(ValueError, match=problem):
+            data.load_weights(folder, targets, rename=lambda name: name.removeprefix("x."))
+        assert not any(target.any() for target in targets.values())
+    folder = folder_of(model__safetensors=safetensors_file(dict(a=ONES, b=("F32", [2], bytes(8)))))
+    with pytest.raises(ValueError, match="'b' differs from 'a'; this model ties them"):
+        data.load_weights(folder, dict(a=w, b=w))
+    with pytest.raises(OSError, match="there are no weights in .*: no model.safetensors"):
+        data.load_weights(folder_of(), {})
+
+
+def entry(dtype="F32", shape=(2,), offsets=(0, 8)) -> str:
+    return json.dumps(dict(dtype=dtype, shape=shape, data_offsets=offsets))
+
+
+def test_wrong_safetensors_headers():
+    for header, problem in (
+        (f'{{"a": {entry(offsets=(-8, 0))}}}', "'a' has bytes [-8, 0] instead of [0, 8]"),
+        (f'{{"a": {entry(offsets=(0, 80), shape=[20])}}}', "it has 79 bytes instead of 151"),
+        (f'{{"a": {entry(shape=[1])}}}', "instead of [0, 4]"),
+        (f'{{"a": {entry()}, "b": {entry(offsets=(4, 12))}}}', "'b' has bytes [4, 12]"),
+        (f'{{"a": {entry(shape=[1], offsets=(4, 8))}}}', "'a' has bytes [4, 8] instead of [0, 4]"),
+        (f'{{"a": {entry(shape=[1], offsets=(0, 4))}}}', "bytes instead of"),
+        (f'{{"a": {entry()}, "a": {entry()}}}', "a name is given twice"),
+        (f'{{"a": {entry(dtype="C64")}}}', "'a' cannot be of dtype 'C64'"),
+        (f'{{"a": {entry(shape=[-2])}}}', "'a' cannot be of dtype 'F32' and shape (-2,)"),
+        (f'{{"a": {entry(shape=[2.0])}}}', "'a' cannot be"),
+        (f'{{"a": {entry(shape=[1] * 100)}}}', "'a' cannot be"),
+        (f'{{"a": {entry(shape=[2**64, 2**64])}}}', "'a' has bytes"),
+        ('{"a": {"dtype": "F32"}}', "it is something else"),
+        ('{"a": 5}', "it is something else"),
+        ("[]", "it is something else"),
+        ("[" * 100_000, "maximum recursion depth"),
+        ("{", "Expecting property name"),
+        ("{} trailing", "Extra data"),
+        ("\xff", "codec can't decode"),
+    ):
+        content = safetensors_file(dict(a=ONES), header.encode("latin-1"))
+        with pytest.raises(ValueError) as caught:
+            data.load_weights(folder_of(model__safetensors=content), dict(a=torch.zeros(2)))
+        assert problem in str(caught.value) and len(str(caught.value).splitlines()) == 1
+        assert "model.safetensors is no whole file of weights: " in str(caught.value)
+
+
+def test_files_that_hold_no_weights(own_cache):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, ("broken_in",)
+
+    good = safetensors_file(dict(a=ONES))
+    for name, contents in (
+        ("model__safetensors", (b"", b"\0" * 7, good[:20], good[:-1], good + b"\0",
+                               struct.pack("<Q", 10**10) + good[8:], saved({"a": torch.ones(2)}))),
+        ("pytorch_model__bin", (b"", b"PK\x03\x04", saved({"a": torch.ones(2)})[:400], good,
+                               saved({"a": Evil()}), saved({"a": 5}), saved([torch.ones(2)]),
+                               saved({"a": torch.ones(2, device="meta")}),
+                               saved({"a": torch.ones(2).to_sparse()}), pickle.dumps(Evil(), 2))),
+    ):
+        for content in contents:
+            with pytest.raises(ValueError, match="no whole file of weights: ") as caught:
+                data.load_weights(folder_of(**{name: content}), dict(a=torch.zeros(2)))
+            assert len(str(caught.value).splitlines()) == 1
+        for content, nature in ((b"\n<!DOCTYPE html><html>", "a web page"),
+                                (b"version https://git-lfs.github.com/spec/v1", "git lfs pull")):
+            with pytest.raises(ValueError, match=f"no whole file of weights: .*{nature}"):
+                data.load_weights(folder_of(**{name: content}), dict(a=torch.zeros(2)))
+    assert not Path("broken_in").exists()
+
+
+@contextlib.contextmanager
+def little_memory(more=1 << 29):
+    """Within it the process gets no more than `more` further bytes (where the system counts)."""
+    try:
+        import resource
+
+        now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    except (ImportError, OSError):
+        yield
+        return
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (now + more, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def test_corrupted_safetensors_give_an_error_or_the_right_shapes():
+    good = safetensors_file(dict(a=ONES, b=SIX, c=("I64", [1, 2], bytes(16)), d=("F16", [0], b"")))
+    folder, draw, outcomes = folder_of(), random.Random(0), collections.Counter()
+    digits = [i for i in range(8, good.rindex(b"}")) if good[i : i + 1].isdigit()]
+    with open(folder / "model.safetensors", "wb", buffering=0) as file, little_memory():
+        for _ in range(2000):
+            bad = bytearray(good)
+            for _ in range(draw.choice((1, 1, 2, 5))):
+                at = draw.choice([draw.randrange(len(bad)), draw.randrange(8), draw.choice(digits)])
+                new = draw.choice(
+                    [draw.randbytes(1), b"%d" % draw.randrange(10**9), b"", b"-9", b"["])
+                bad[at : at + draw.randrange(3)] = new
+            bad = bad[: draw.choice([len(bad)] * 9 + [draw.randrange(len(bad))])]
+            file.seek(0)
+            file.truncate(file.write(bad))
+            targets = dict(a=torch.zeros(2), b=torch.zeros(3, 2).T,
+                           c=torch.zeros(1, 2).long(), d=torch.zeros(0))
+            try:
+                data.load_weights(folder, targets)
+                outcomes["loaded"] += 1
+            except ValueError as error:
+                outcomes["refused"] += 1
+                assert len(str(error).splitlines()) == 1
+    assert outcomes["loaded"] > 20 and outcomes["refused"] > 1500, outcomes
+
+
+def test_every_dtype_to_and_from_the_safetensors_library():
+    library = pytest.importorskip("safetensors.torch")
+    tensors = {name: torch.arange(-3, 9).reshape(3, 4).to(getattr(torch, dtype))
+               for name, dtype in data.DTYPES.items()}
+    assert len(tensors) == 10
+    tensors |= {"odd": torch.ones(3, dtype=torch.uint8), "none": torch.zeros(0, 3),
+                "nothing": torch.zeros(0, 3), "one": torch.tensor(2.5), "été\n": torch.ones(2)}
+    turned = torch.nn.Parameter(torch.randn(2, 3))
+    data.save_weights("ours", tensors | {"turned": turned.T, "tied": turned.T})
+    theirs = library.load_file("ours/model.safetensors")
+    assert set(theirs) == {*tensors, "turned"} and torch.equal(theirs["turned"], turned.T)
+    Path("theirs").mkdir()
+    library.save_file(tensors, "theirs/model.safetensors", metadata={"format": "pt"})
+    for name, tensor in tensors.items():
+        assert theirs[name].dtype == tensor.dtype and torch.equal(theirs[name], tensor)
+    for folder in ("ours", "theirs"):
+        read = {name: torch.empty_like(tensor) for name, tensor in tensors.items()}
+        data.load_weights(folder, read, passed_over="turned")
+        assert all(torch.equal(read[name], tensors[name]) for name in tensors)
+
+
+def test_folders_to_and_from_transformers():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(vocab_size=60, n_positions=16, n_embd=32, n_layer=2, n_head=2)
+    theirs = transformers.GPT2LMHeadModel(config)
+    state = theirs.state_dict()
+    theirs.save_pretrained("theirs", max_shard_size="40KB")
+    assert len(list(Path("theirs").glob("model-*.safetensors"))) > 1
+    assert data.read_config("theirs")["n_embd"] == 32
+    head = torch.zeros(60, 32)
+    targets = {name: torch.zeros_like(value) for name, value in state.items()}
+    targets |= {"transformer.wte.weight": head, "lm_head.weight": head}
+    data.load_weights("theirs", targets)
+    assert all(torch.equal(targets[name], state[name]) for name in state)
+    assert "lm_head.weight" not in data.weight_names("theirs")
+    data.save_weights("ours", targets)
+    config.save_pretrained("ours")
+    again, problems = transformers.GPT2LMHeadModel.from_pretrained(
+        "ours", output_loading_info=True)
+    assert not any(problems.values()), problems
+    assert all(torch.equal(value, state[name]) for name, value in again.state_dict().items())
+
+
+def test_configs_that_cannot_be_read():
+    for content, problem in (
+        (b"{", "is not JSON"), (b"\xff", "is not JSON"), (b"[" * 100_000, "is not JSON"),
+        (b"<html>", "is not JSON: a web page"), (b"[1]", "is not a JSON object"),
+    ):
+        with pytest.raises(ValueError, match=f"config.json.* {problem}"):
+            data.read_config(folder_of(config__json=content))
+    with pytest.raises(ValueError, match="cannot read nowhere/config.json: No such file"):
+        data.read_config("nowhere")
+
+
+@pytest.fixture
+def hub(server, monkeypatch):
+    """hub(name, config__json=b"{}") gives the server this file of the model of that name."""
+    monkeypatch.setenv("HF_ENDPOINT", server)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    return lambda name, **files: Server.files.update({
+        f"/{name}/resolve/main/" + file.replace("__", "."): body for file, body in files.items()})
+
+
+def cached(own_cache) -> list[str]:
+    return sorted(path.name for path in (own_cache / "cache").rglob("*") if path.is_file())
+
+
+def test_a_model_from_the_hub(hub, own_cache):
+    weights = random.Random(0).randbytes(100_000)
+    hub("openai/gpt2", config__json=b'{"n_layer": 1}', tokenizer__json=b"{}",
+        model__safetensors=weights)
+    Server.files |= {path.replace("openai/", ""): path for path in Server.files}  # the old name
+    Server.cuts = 2
+    folder = data.pretrained_folder("gpt2")
+    assert (folder / "model.safetensors").read_bytes() == weights and not Server.cuts
+    assert [start for path, start in Server.seen if path.startswith("/openai")
+            and path.endswith("model.safetensors")] == [0, 1 << 14, 2 << 14]
+    assert cached(own_cache) == ["absent.txt", "config.json", "model.safetensors", "tokenizer.json"]
+    Server.files.clear()
+    Server.seen.clear()
+    assert data.pretrained_folder("gpt2") == folder and not Server.seen
+    assert data.pretrained_folder(str(folder)) == data.pretrained_folder(folder) == folder
+    assert data.read_config(folder) == {"n_layer": 1}
+
+
+def interrupted(seconds):
+    raise KeyboardInterrupt
+
+
+def test_a_model_s_download_goes_on_where_it_was(hub, own_cache):
+    first, second = "pytorch_model-1-of-2.bin", "pytorch_model-2-of-2.bin"
+    index = json.dumps({"weight_map": {"w1": first, "w2": second, "w3": second}}).encode()
+    whole = saved({"w2": torch.ones(9000), "w3": torch.ones(1)})
+    hub("a/b_c-1.0", config__json=b"{}", spiece__model=b"\n", vocab__txt=b"[PAD]",
+        pytorch_model__bin__index__json=index,
+        **{first: saved({"w1": torch.ones(9000)}), second: 500})
+    with pytest.raises(OSError, match=f"{second}: it answered 500, 5 times; the same command"):
+        data.pretrained_folder("a/b_c-1.0")
+    place = "/a/b_c-1.0/resolve/main/"
+    Server.files[place + second], Server.cut, Server.cuts = whole, 0, 5
+    with pytest.raises(OSError, match="5 times; the same command continues it later"):
+        data.pretrained_folder("a/b_c-1.0")
+    Server.cut, Server.cuts = 20_000, 1
+    with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(time, "sleep", interrupted)
+        data.pretrained_folder("a/b_c-1.0")
+    assert first in cached(own_cache) and second not in cached(own_cache)
+    Server.seen = []
+    folder = data.pretrained_folder("a/b_c-1.0")
+    targets = dict(w1=torch.zeros(9000), w2=torch.zeros(9000), w3=torch.zeros(1))
+    data.load_weights(folder, targets)
+    assert all(target.all() for target in targets.values())
+    assert Server.seen[-1] == (place + second, 1 << 14)  # where it was
+    assert not {place + file for file in ("config.json", "vocab.txt", first)} & {
+        path for path, _ in Server.seen}
+    Server.seen = []
+    assert data.pretrained_folder("a/b_c-1.0") == folder and Server.seen == []
+
+
+def test_the_token_is_shown_to_the_hub_alone(hub, server, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", " secret\n")
+    elsewhere = server.replace("127.0.0.1", "localhost")
+    hub("a/b", config__json="/a/c/resolve/main/config.json", tokenizer__json=b"{}",
+        model__safetensors=f"{elsewhere}/cdn/weights?sign=1")
+    hub("a/c", config__json=b"{}")
+    Server.files["/cdn/weights?sign=1"] = b"x" * 50_000
+    Server.cuts = 2
+    folder = data.pretrained_folder("a/b")
+    assert (folder / "model.safetensors").stat().st_size == 50_000
+    assert Server.tokens == {("127.0.0.1", "Bearer secret"), ("localhost", None)}
+
+
+def test_models_that_cannot_be_had(hub, own_cache):
+    page = b"\n<!doctype HTML><html>Please log in</html>"
+    index = b'{"weight_map": {"w": "../../../x.safetensors"}}'
+    config = dict(config__json=b"{}", tokenizer__json=b"{}")
+    for name, files, problem, left in (
+        ("a/none", {}, "there is no model a/none with a config.json, here or on the hub", []),
+        ("a/private", dict(config__json=401), "answered 401: check the spelling; .* HF_TOKEN", []),
+        ("a/gated", config | dict(model__safetensors=403), "answered 403: .* HF_TOKEN", [*config]),
+        ("a/broken", dict(config__json=500), "it answered 500, 5 times", []),
+        ("a/odd", dict(config__json=418), "answered 418", []),
+        ("a/empty", config, "no model.safetensors or pytorch_model.bin of a/empty", [*config]),
+        ("a/page", dict(config__json=page), "is a web page instead of the file: it was rem", []),
+        ("a/pages", config | dict(pytorch_model__bin=page), "is a web page instead", [*config]),
+        ("a/escape", config | dict(model__safetensors__index__json=index),
+         "names '../../../x.safetensors'", [*config, "model__safetensors__index__json"]),
+    ):
+        hub(name, **files)
+        Server.files |= {"/x.safetensors": b"x", "/a/x.safetensors": b"x"}
+        with pytest.raises((OSError, ValueError), match=problem) as caught:
+            data.pretrained_folder(name)
+        assert len(str(caught.value).splitlines()) == 1
+        assert cached(own_cache) == sorted(file.replace("__", ".") for file in left)
+        shutil.rmtree(own_cache / "cache")
+    Server.seen = []
+    for name in ("a/b/c", "/a", "a/", "../a", "a/..", "-a", "a--b", "a b", "a?b", "a\n", "é",
+                 "./a", "~/a", "C:\\a", "https://x"):
+        with pytest.raises(ValueError, match="is neither a folder nor a model's name"):
+            data.pretrained_folder(name)
+    assert Server.seen == []
 
 
 def test_the_log_of_a_resumed_run_and_its_chart(tmp_path):
