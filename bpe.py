@@ -401,6 +401,8 @@ class BaseTokenizer:
         try:
             data = Path(path).read_bytes()
             content = sentencepiece_json(data) if binary else json.loads(data)
+            if rb"\ud" in data.lower():
+                json.dumps(content, ensure_ascii=False).encode()  # half a character: ValueError
             model = content["model"]
             kind = model.get("type") or (  # older files do not say
                 "BPE" if "merges" in model else "WordPiece" if "unk_token" in model else "Unigram")
@@ -432,6 +434,8 @@ def added_tokens(content: dict, vocab: dict[str, int]) -> list[AddedToken]:
     (token -> id) have the ids 0, 1, 2, ... together, each once."""
     added = [AddedToken(**token) for token in content.get("added_tokens") or []]
     ids = list((vocab | {token.content: token.id for token in added}).values())
+    if any(vocab.get(token.content, token.id) != token.id for token in added):
+        raise ValueError("an added token has two ids")
     if not all(type(i) is int for i in ids) or sorted(ids) != list(range(len(ids))):
         raise ValueError("its ids are not 0, 1, 2, ..., each once")
     return added
@@ -448,11 +452,13 @@ class Tokenizer(BaseTokenizer):
     `Tokenizer.load` and `Tokenizer.from_pretrained` open the files of the other kinds, too.
     """
 
-    def __init__(self, byte_ids: list[int], merges: list[tuple[str, str]], added: list[AddedToken]):
-        """byte_ids: the id of each byte; merges: see `learn_merges`."""
+    def __init__(self, byte_ids: list[int], merges: list[tuple[str, str]], added: list[AddedToken],
+                 spelling: dict[int, bytes] | None = None):
+        """byte_ids: the id of each byte; merges: see `learn_merges`; spelling: of all tokens of a
+        file, even those that no merge makes."""
         self.byte_ids = byte_ids
         self.merges: dict[str, tuple[int, str]] = {}  # pair -> (rank, merged)
-        spelling = {byte_ids[byte]: bytes([byte]) for byte in range(256)}
+        spelling = (spelling or {}) | {byte_ids[byte]: bytes([byte]) for byte in range(256)}
         for rank, (pair, merged) in enumerate(merges):
             self.merges[pair] = (rank, merged)
             spelling[ord(merged)] = spelling[ord(pair[0])] + spelling[ord(pair[1])]
@@ -563,16 +569,20 @@ class Tokenizer(BaseTokenizer):
         for merge in model["merges"]:  # ["a", "b"], or "a b" in older files
             left, right = merge.split(" ") if isinstance(merge, str) else merge
             merges.append((chr(vocab[left]) + chr(vocab[right]), chr(vocab[left + right])))
-        return cls([vocab[character] for character in byte_alphabet()], merges, added)
+        byte_of = {character: byte for byte, character in enumerate(byte_alphabet())}
+        names = {token.content for token in added}
+        spelling = {i: bytes(byte_of[character] for character in token)
+                    for token, i in vocab.items() if token not in names}
+        return cls([vocab[character] for character in byte_of], merges, added, spelling)
 
 
 # --------------------------------------------------------------------------------------------------
 # 5. BERT's tokenizer
 # --------------------------------------------------------------------------------------------------
 # BERT's text is cleaned, in the uncased models also lower-cased and freed of accents, and cut at
-# white space and punctuation: the way back gives "don ' t" for "Don't". What is a mark, punctuation
-# or a control character the library that we follow knows from Unicode 8, how characters decompose
-# from Unicode 9. So of those that Python's newer tables would treat, these are ordinary:
+# white space and punctuation: the way back gives "don ' t" for "Don't". Which characters are marks,
+# punctuation or controls `tokenizers` knows from Unicode 8, how they decompose from Unicode 9. What
+# came later is an ordinary character to it (the ranges may also span characters of no such kind):
 
 NEW_MARKS = code_ranges("""5c8-5c9 7fd 897-8e1 9fe afa-aff b53-b55 c04-c3c d00 d3b-d3c d81 eba ece
 180f-1886 1abf-1af0 1df6-1dfb a82c a8c5 a8ff a9bd 10d24-10f85 11070-11074 110c2 111c9 111cf
@@ -758,7 +768,11 @@ UNKNOWN_PENALTY = 10.0  # an unknown character is that much worse than the worst
 
 
 class Unigram(BaseTokenizer):
-    """T5's tokenizer: "▁Hello", "▁world". Characters that no piece has become <unk>."""
+    """T5's tokenizer: "▁Hello", "▁world". Characters that no piece has become <unk>.
+
+    T5 lists its special tokens among the pieces, with scores. They are left out of the search here,
+    or a typed "</s>" would end a text, as it does in the library.
+    """
 
     def __init__(self, content: dict):
         """content: of a `tokenizer.json`."""
@@ -768,8 +782,9 @@ class Unigram(BaseTokenizer):
         self.normalizer = normalizer_of(content.get("normalizer"))
         self.by_space, self.space, self.scheme, self.split = metaspace_of(content["pre_tokenizer"])
         _, self.shown_space, self.shown_scheme, _ = metaspace_of(content["decoder"])
-        if self.scheme == "first" and self.normalizer(" a") == self.normalizer("a"):
-            raise ValueError("it strips a text and marks its first word, but not all first words")
+        strips = self.by_space or self.normalizer(" a") == self.normalizer("a")
+        if self.scheme == "first" and strips:  # then the library marks some first words, not all
+            raise ValueError("it strips a text and marks its first word alone")
 
         scores = [float(score) for _, score in model["vocab"]]
         if not all(map(math.isfinite, scores)):
@@ -799,9 +814,9 @@ class Unigram(BaseTokenizer):
     def encode_text(self, text: str, first: bool) -> list[int]:
         """Ids of a normalised text without special tokens. first: nothing stands before it."""
         ids = []
-        for i, part in enumerate(SPACES.split(text) if self.by_space else [text]):
+        prepend = self.scheme == "always" or self.scheme == "first" and first
+        for part in SPACES.split(text) if self.by_space else [text]:
             part = part.replace(" ", self.space)
-            prepend = self.scheme == "always" or self.scheme == "first" and first and i == 0
             if part and prepend and not part.startswith(self.space):
                 part = self.space + part
             if self.split:

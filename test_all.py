@@ -428,6 +428,8 @@ def test_damaged_files_of_the_published_models():
         lambda t: t["added_tokens"].append(dict(id=6)),
         lambda t: t["normalizer"].update(type="NFC"),
         lambda t: t["normalizer"].pop("lowercase"),
+        lambda t: t["model"]["vocab"].update({"[UNK]": math.nan}),
+        lambda t: t.update(version="\ud800"),
         lambda t: t.update(pre_tokenizer=None),
         lambda t: t["decoder"].update(type="BPEDecoder"),
     ]), (t5, [
@@ -603,6 +605,9 @@ def test_same_ids_as_the_library_for_gpt2_s_file():
     assert hub.special == {END: 700, "<m>": 701} and hub.vocab_size == 702
     assert hub.encode("a" + END) == tok.encode("a" + END)
     assert_same_ids(content, [END], [STORIES, *strange_texts(100, [END, " <m>"])])
+    del content["added_tokens"]  # then it is a token like others, that no merge makes
+    open_as("t.json", content).save("saved.json")
+    assert bpe.Tokenizer.load("saved.json").decode([700]) == END
 
 
 # --------------------------------------------------------------------------------------------------
