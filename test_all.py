@@ -3,8 +3,10 @@
 it tests: a slow loop, float64, a worked example, or those two libraries."""
 
 import ast
+import base64
 import collections
 import contextlib
+import functools
 import gzip
 import hashlib
 import http.server
@@ -205,6 +207,413 @@ def test_same_merges_and_ids_as_the_tokenizers_library(tmp_path):
         assert hf.Tokenizer.from_file(str(tmp_path / "ours.json")).encode(text).ids == ids
         theirs.save(str(tmp_path / "theirs.json"))
         assert bpe.Tokenizer.load(tmp_path / "theirs.json").encode(text) == ids
+
+
+# The tokenizers of the published models: small files in the layouts of the hub's bert-base-uncased,
+# t5-small, gpt2 and google/t5-v1_1-small.
+
+
+def open_as(name: str, content) -> bpe.BaseTokenizer:
+    """The tokenizer of a file with this content (a dict, or bytes)."""
+    data_ = content if isinstance(content, bytes) else json.dumps(content).encode()
+    Path(name).write_bytes(data_)
+    return bpe.Tokenizer.load(name)
+
+
+def added(i: int, content: str, **flags) -> dict:
+    plain = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+    return dict(id=i, content=content, **(plain | flags))
+
+
+BERT_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+
+
+def bert_file(pieces, lowercase=True, **steps) -> dict:
+    vocab = {piece: i for i, piece in enumerate([*BERT_TOKENS, *pieces])}
+    return dict(
+        version="1.0", truncation=dict(direction="Right", max_length=4, strategy="LongestFirst",
+                                       stride=0), padding=None,
+        added_tokens=[added(i, token) for i, token in enumerate(BERT_TOKENS)],
+        normalizer=dict(type="BertNormalizer", clean_text=True, handle_chinese_chars=True,
+                        strip_accents=None, lowercase=lowercase) | steps,
+        pre_tokenizer=dict(type="BertPreTokenizer"),
+        post_processor=None,
+        decoder=dict(type="WordPiece", prefix="##", cleanup=True),
+        model=dict(type="WordPiece", unk_token="[UNK]", continuing_subword_prefix="##",
+                   max_input_chars_per_word=100, vocab=vocab),
+    )
+
+
+def t5_file(scores: dict[str, float], normalizer=None, scheme=None, **options) -> dict:
+    """scheme None: the older layout, as in t5-small."""
+    sentinels = [f"<extra_id_{i}>" for i in reversed(range(100))]
+    names = ["<pad>", "</s>", "<unk>", *scores, *sentinels]
+    space = dict(type="Metaspace", replacement="▁")
+    space |= dict(prepend_scheme=scheme, split=True) if scheme else dict(add_prefix_space=True)
+    split = dict(type="WhitespaceSplit")
+    return dict(
+        version="1.0", truncation=None, padding=None,
+        added_tokens=[added(i, token) for i, token in enumerate(names)
+                      if i < 3 or token in sentinels],
+        normalizer=normalizer,
+        pre_tokenizer=space | options if scheme else dict(
+            type="Sequence", pretokenizers=[split, space]),
+        post_processor=None,
+        decoder=space,
+        model=dict(type="Unigram", unk_id=2, vocab=[[name, scores.get(name, 0.0)]
+                                                    for name in names]),
+    )
+
+
+def charsmap_bytes(rules: dict[str, str]) -> bytes:
+    """A charsmap written as SentencePiece writes it: a double array, then what keys become."""
+    tree, text = {}, b""
+    for key, new in rules.items():
+        node = tree
+        for byte in key.encode():
+            node = node.setdefault(byte, {})
+        node[0] = len(text)  # the end of a key: where what it becomes stands
+        text += new.encode() + b"\0"
+    units, todo, base = {0: 0}, [(0, tree)], 0
+    while todo:
+        place, node = todo.pop()
+        base += 1  # the first that is free for all children
+        while any(base ^ byte in units for byte in node):
+            base += 1
+        units[place] |= (place ^ base) << 10 | (0 in node) << 8
+        for byte, child in node.items():
+            units[base ^ byte] = byte or child | 1 << 31
+            todo += [(base ^ byte, child)] if byte else []
+    array = np.zeros((max(units) | 255) + 1, "<u4")
+    array[list(units)] = list(units.values())
+    return np.uint32(array.nbytes).tobytes() + array.tobytes() + text
+
+
+RULES = {"\n": " ", "\r": "", "ﬁ": "fi", "e\u0301": "é", "A": "a", "Ａ": "a", "½": "1/2", "𝔾": "G"}
+
+
+def precompiled(rules=RULES) -> dict:
+    return dict(type="Precompiled",
+                precompiled_charsmap=base64.b64encode(charsmap_bytes(rules)).decode())
+
+
+def protobuf(*fields) -> bytes:
+    """A message of (number, value): int as varint, float in 4 bytes, str or bytes with length."""
+    def varint(n: int) -> bytes:
+        return bytes([n]) if n < 128 else bytes([n & 127 | 128]) + varint(n >> 7)
+
+    message = b""
+    for number, value in fields:
+        if isinstance(value, int):
+            message += varint(number << 3) + varint(value)
+        elif isinstance(value, float):
+            message += varint(number << 3 | 5) + np.float32(value).tobytes()
+        else:
+            value = value.encode() if isinstance(value, str) else value
+            message += varint(number << 3 | 2) + varint(len(value)) + value
+    return message
+
+
+SCORES = {"▁": -2.0, "▁the": -1.0, "▁house": -3.5, "s": -2.5, "he": -3.0, "fi": -3.0, "▁t": -4.0,
+          "é": -5.0, ",": -2.25, "▁is": -2.75}
+
+
+def spiece_file(*settings) -> bytes:
+    kinds = {"<pad>": 3, "</s>": 3, "<unk>": 2}
+    pieces = [protobuf((1, name), (2, SCORES.get(name, 0.0)), (3, kinds.get(name, 1)))
+              for name in [*kinds, *SCORES]]
+    return protobuf(*((1, piece) for piece in pieces), (2, protobuf((3, 1), (4, 13))),
+                    (3, protobuf((1, "nmt_nfkc"), (2, charsmap_bytes(RULES)), *settings)))
+
+
+def test_wordpiece_by_hand(tmp_path):
+    tok = open_as("tokenizer.json", bert_file(
+        ["un", "##aff", "##able", "the", "cafe", "don", "'", "t", "!", "中", "σασ", "x" * 99]))
+    text = "The\u200b UNaffable  café, don't!中ΣΑΣ"
+    ids = tok.encode(text)
+    assert [tok.tokens[i] for i in ids] == [
+        "the", "un", "##aff", "##able", "cafe", "[UNK]", "don", "'", "t", "!", "中", "σασ"]
+    assert tok.decode(ids) == "the unaffable cafe [UNK] don ' t! 中 σασ"
+    assert tok.decode_bytes(ids) == tok.decode(ids).encode()
+    assert tok.encode("unaffably") == tok.encode("x" * 101) == [1]  # all of the word
+    assert tok.encode(b"\xff the") == tok.encode("\ufffdthe\0") == [8]
+    assert tok.encode("the[MASK]", allow_special=True) == [8, 4]
+    assert not {4} & set(tok.encode("the[MASK]"))
+    assert tok.spelling[6] == b"aff" and 1 not in tok.spelling
+    assert (tok.vocab_size, tok.special) == (17, {token: i for i, token in enumerate(BERT_TOKENS)})
+    cased = open_as("cased.json", bert_file(["the", "cafe", "café", "The"], lowercase=False))
+    assert cased.encode("The the café") == [8, 5, 7]
+
+
+def test_unigram_is_the_best_of_all_cuts():
+    draw = random.Random(0)
+    letters = "ab\u2581c"
+    pieces = {letter: -draw.uniform(5, 9) for letter in letters[:3]}  # "c" is unknown
+    for _ in range(25):
+        piece = "".join(draw.choice(letters) for _ in range(draw.randrange(2, 5)))
+        pieces[piece] = -draw.uniform(3, 20)
+    tok = open_as("tokenizer.json", t5_file(pieces, scheme="never", split=False))
+    unknown = min(pieces.values()) - 10
+
+    def all_cuts(word: str):
+        for end in range(1, len(word) + 1):
+            if end == 1 or word[:end] in pieces:
+                yield from ([word[:end], *rest] for rest in all_cuts(word[end:]))
+        if not word:
+            yield []
+
+    def order(cut: list[str]):  # of equal scores (a + aa, aa + a): the longer last piece
+        score = sum(pieces.get(part, unknown) for part in cut)
+        return round(score, 9), [len(part) for part in reversed(cut)]
+
+    for _ in range(300):
+        word = "".join(draw.choice(letters) for _ in range(draw.randrange(1, 10)))
+        best = max(all_cuts(word), key=order)
+        names = [part if part in pieces else "<unk>" for part in best]
+        names = [name for i, name in enumerate(names) if [name] != names[i - 1 : i]
+                 or name != "<unk>"]
+        assert [tok.tokens[i] for i in tok.encode(word)] == names
+
+
+def test_a_charsmap_by_hand():
+    rules = bpe.read_charsmap(charsmap_bytes(RULES | {"ﬁn": "never: ﬁ is found first"}))
+    assert rules == RULES
+    normalize = bpe.by_rules(rules)
+    assert normalize("BAR ½\nﬁn e\u0301 𝔾") == "BaR 1/2 fin é G"
+    assert normalize("\r\n") == ""  # one cluster, and it begins with a key
+    assert normalize("ﬁ\u0301 ﬁ\u0301\u0302") == "fi fi\u0301\u0302"  # up to 5 bytes; above
+
+
+def test_t5_s_files_by_hand(monkeypatch):
+    for name, content in (("tokenizer.json", t5_file(SCORES, precompiled())),
+                          ("spiece.model", spiece_file())):
+        Path("t5").mkdir(exist_ok=True)
+        tok = open_as(f"t5/{name}", content)
+        text = "The the\n ﬁ  houses"
+        ids = tok.encode(text)
+        assert [tok.tokens[i] for i in ids] == ["▁", "<unk>", "he", "▁the", "▁", "fi", "▁house",
+                                                "s"]
+        assert tok.decode(ids) == "<unk>he the fi houses"
+        assert tok.vocab_size == 113 and tok.special["<extra_id_0>"] == 112
+        assert tok.special["<extra_id_99>"] == 13 and tok.special["</s>"] == 1
+        assert tok.spelling[4] == b" the" and not {0, 1, 2, 112} & set(tok.spelling)
+        assert tok.encode("the <extra_id_1>s", allow_special=True) == [4, 111, 3, 6]
+        for typed in ("the <extra_id_1>s", "</s>", "<unk>"):
+            assert not {0, 1, 111} & set(tok.encode(typed))
+        assert tok.decode([4, 111, 4]) == "the<extra_id_1> the"
+        tok.save("t5/saved.json")
+        again = bpe.Tokenizer.load("t5/saved.json")
+        assert again.encode(text) == ids and again.to_json() == tok.to_json()
+        assert bpe.Tokenizer.from_pretrained("t5").encode(text) == ids
+        monkeypatch.setattr(data, "pretrained_folder", lambda name: Path("t5"), raising=False)
+        assert bpe.Tokenizer.from_pretrained("google/t5-v1_1-small").encode(text) == ids
+        Path("t5", name).unlink()
+    with pytest.raises(ValueError, match="has no tokenizer.json and no spiece.model"):
+        bpe.Tokenizer.from_pretrained("t5")
+    kept = open_as("kept.model", spiece_file((3, 0), (4, 0)))  # no space put before, none removed
+    assert [kept.tokens[i] for i in kept.encode("he  is")] == ["he", "▁", "▁is"]
+
+
+def test_damaged_files_of_the_published_models():
+    bert_, t5 = bert_file(["the"]), t5_file(SCORES, precompiled(), "first")
+    whole = base64.b64decode(t5["normalizer"]["precompiled_charsmap"])
+
+    def charsmap(cut: bytes):
+        encoded = base64.b64encode(cut).decode()
+        return lambda t: t["normalizer"].update(precompiled_charsmap=encoded)
+
+    root = np.frombuffer(whole[4:8], "<u4")[0]
+    far = (root | np.uint32(1 << 9 | 0x3FFFFF << 10)).tobytes()
+    for good, breakages in (bert_, [
+        lambda t: t["model"].update(unk_token="<unk>"),
+        lambda t: t["model"].update(vocab=["the"]),
+        lambda t: t["model"]["vocab"].update(the=7),  # a hole
+        lambda t: t["model"]["vocab"].update(the=1 << 40),
+        lambda t: t["model"]["vocab"].update({"\ud800": 6}),
+        lambda t: t["added_tokens"].append(added(5, "[NEW]")),  # an id twice
+        lambda t: t["added_tokens"].append(dict(id=6)),
+        lambda t: t["normalizer"].update(type="NFC"),
+        lambda t: t["normalizer"].pop("lowercase"),
+        lambda t: t["model"]["vocab"].update({"[UNK]": math.nan}),
+        lambda t: t.update(version="\ud800"),
+        lambda t: t.update(pre_tokenizer=None),
+        lambda t: t["decoder"].update(type="BPEDecoder"),
+    ]), (t5, [
+        lambda t: t["model"].update(unk_id=None),
+        lambda t: t["model"].update(unk_id=1 << 40),
+        lambda t: t["model"].update(byte_fallback=True),
+        lambda t: t["model"]["vocab"].append(["▁the", -1.0]),
+        lambda t: t["model"]["vocab"].append(["new"]),
+        lambda t: t["model"]["vocab"][5].__setitem__(1, math.nan),
+        lambda t: t["model"]["vocab"][5].__setitem__(1, 10**400),
+        lambda t: t["pre_tokenizer"].update(replacement="__"),
+        lambda t: t["pre_tokenizer"].update(type="Whitespace"),
+        lambda t: t.update(normalizer=dict(type="Strip", strip_left=True, strip_right=True)),
+        lambda t: t.update(normalizer=dict(type="Replace", pattern=dict(Regex="(a+)+$"),
+                                           content="")),
+        lambda t: t.update(decoder=None),
+        charsmap(b""),
+        charsmap(whole[:3]),
+        charsmap(whole[:500]),
+        charsmap(b"\xff" * 8 + whole[8:]),
+        charsmap(whole[:4] + far + whole[8:]),
+        charsmap(whole[: 4 + int.from_bytes(whole[:4], "little")]),  # without the text
+        charsmap(whole + b"\xff") if whole.endswith(b"\xff") else charsmap(whole[:-9] + b"\xff"),
+    ]):
+        open_as("t.json", good)
+        for breakage in breakages:
+            broken = json.loads(json.dumps(good))
+            breakage(broken)
+            with pytest.raises(ValueError, match="^t.json is not the tokenizer.json"):
+                open_as("t.json", broken)
+    for broken in (b"", b"\xff" * 50, b"{", b"[" * 100_000, b"[]", b'{"model": []}'):
+        with pytest.raises(ValueError, match="^t.json is not the tokenizer.json"):
+            open_as("t.json", broken)
+
+
+def test_a_charsmap_that_leads_in_circles_is_no_trap():
+    units = np.full(65536, 1, "<u4")  # every node the parent of many
+    units[:] = np.arange(65536) & 255 | np.arange(65536) << 10 & 0xFF << 10
+    with pytest.raises((ValueError, LookupError)):
+        bpe.read_charsmap(np.uint32(units.nbytes).tobytes() + units.tobytes() + b"x\0")
+
+
+def test_damaged_spiece_models():
+    whole, draw = spiece_file(), random.Random(0)
+    damaged = [whole[: draw.randrange(len(whole))] for _ in range(60)]
+    for _ in range(120):
+        flipped = bytearray(whole)
+        flipped[draw.randrange(250)] ^= 1 << draw.randrange(8)  # among the pieces
+        damaged.append(bytes(flipped))
+    refused = 0
+    for content in damaged:
+        try:
+            open_as("spiece.model", content).encode("the houses")
+        except ValueError as error:
+            refused += 1
+            assert str(error).startswith("spiece.model is not the spiece.model of T5")
+    assert refused > 70
+
+
+def test_a_long_word_is_no_trap_for_the_others():
+    word = "hesfi" * 100_000
+    unigram, bert_ = open_as("a.json", t5_file(SCORES)), open_as("b.json", bert_file(["the"]))
+    assert unigram.decode(unigram.encode(word)) == word
+    assert bert_.encode(word) == [1] and len(bert_.encode("!" * 300_000)) == 300_000
+    assert len(unigram.encode("<" * 300_000)) == 2  # "▁", and one <unk>
+
+
+STRANGE = "\t\n\r\x0b\x0c\x85\xa0\u3000\u200b\u200d\u1734  ▁ΣİǅſKｱﾞ½ﬁÅé'!."
+
+
+def strange_texts(number: int, special=()) -> list[str]:
+    """Code points of all kinds in shuffled order, among letters, spaces, marks and special tokens.
+    """
+    draw = random.Random(3)
+    every = [chr(code) for code in range(0x110000)
+             if unicodedata.category(chr(code)) not in ("Cn", "Cs", "Co")]
+    draw.shuffle(every)
+    between = ["", "", " ", "a", "e", " the", "  ", "\u0301", "\u0e33", "Σ", *STRANGE, *special]
+    texts = ["".join(draw.choice(between) + character for character in every[start : start + 25])
+             for start in range(0, 25 * number, 25)]
+    return [*texts, *(f"{a}{b} {a}" for a in STRANGE for b in ("\u0301", "x", "\n", "é"))]
+
+
+def assert_same_ids(content: dict, special, texts, reference=None):
+    """Our ids, and those of the file we save, are the library's. reference: a file to ask instead,
+    where special tokens are to be plain text."""
+    hf = pytest.importorskip("tokenizers")
+    tok = open_as("t.json", content)
+    tok.save("saved.json")
+    again = bpe.Tokenizer.load("saved.json")
+    theirs = hf.Tokenizer.from_file("t.json")
+    theirs.no_truncation()
+    saved = hf.Tokenizer.from_file("saved.json")
+    plain = hf.Tokenizer.from_str(json.dumps(reference or content))
+    plain.no_truncation()
+    plain.encode_special_tokens = True
+    for text in texts:
+        ids = theirs.encode(text, add_special_tokens=False).ids
+        assert tok.encode(text, allow_special=True) == ids, text
+        assert saved.encode(text, add_special_tokens=False).ids == ids, text
+        assert again.encode(text, allow_special=True) == ids, text
+        assert tok.decode(ids) == theirs.decode(ids, skip_special_tokens=False), text
+        assert tok.encode(text) == plain.encode(text, add_special_tokens=False).ids, text
+
+
+STORIES = (ROOT / "input.txt").read_text(encoding="utf-8")[:100_000]
+
+
+@pytest.mark.parametrize("steps", [
+    {}, dict(lowercase=False), dict(strip_accents=False), dict(lowercase=False, strip_accents=True),
+    dict(clean_text=False, handle_chinese_chars=False)])
+def test_same_ids_as_the_library_s_wordpiece(steps):
+    hf = pytest.importorskip("tokenizers")
+    special = [*BERT_TOKENS, "[mask]", " [X] ", "a[W]", "[W]", "Éa", "b-r", "b-rk"]
+    texts = strange_texts(250, special)
+    theirs = hf.Tokenizer(hf.models.WordPiece(unk_token="[UNK]"))
+    theirs.normalizer = hf.normalizers.BertNormalizer(**steps)
+    theirs.pre_tokenizer = hf.pre_tokenizers.BertPreTokenizer()
+    theirs.train_from_iterator([STORIES, *texts], hf.trainers.WordPieceTrainer(
+        vocab_size=3000, special_tokens=BERT_TOKENS, show_progress=False))
+    vocab = json.loads(theirs.to_str())["model"]["vocab"]
+    pieces = sorted(vocab, key=vocab.__getitem__)[5:]
+    content = bert_file(pieces, **steps)
+    n = len(vocab)
+    content["added_tokens"] += [
+        added(n, "[X]", lstrip=True, rstrip=True), added(n + 1, "[W]", single_word=True),
+        added(n + 2, "b-r", special=False, single_word=True)]
+    assert_same_ids(content, special, [STORIES, *texts])
+
+
+@functools.cache
+def learned_scores() -> dict[str, float]:
+    """Piece -> score, as the library learns them."""
+    hf = pytest.importorskip("tokenizers")
+    theirs = hf.Tokenizer(hf.models.Unigram())
+    theirs.pre_tokenizer = hf.pre_tokenizers.Metaspace()
+    training = [line for line in [*STORIES.split("\n"), *strange_texts(20)] if "<" not in line]
+    theirs.train_from_iterator(training, hf.trainers.UnigramTrainer(
+        vocab_size=900, unk_token="<unk>", special_tokens=["<unk>"], show_progress=False))
+    return dict(json.loads(theirs.to_str())["model"]["vocab"][1:])
+
+
+@pytest.mark.parametrize("normalizer, scheme, options", [
+    ("charsmap", None, {}), ("hub", "always", {}), ("nfkc", "always", {}), (None, "first", {}),
+    (None, "never", dict(split=False))])
+def test_same_ids_as_the_library_s_unigram(normalizer, scheme, options):
+    special = ["<extra_id_0>", " <extra_id_99> ", "</s>", "<unk>", "<extra_id_"]
+    texts = strange_texts(250, special)
+    strip = dict(type="Strip", strip_left=False, strip_right=True)
+    spaces = dict(type="Replace", pattern=dict(Regex=" {2,}"), content="▁")
+    compatible = {chr(code): unicodedata.normalize("NFKC", chr(code)) for code in range(128, 0x3400)
+                  if unicodedata.normalize("NFKC", chr(code)) not in (chr(code), "")}
+    normalizer = {
+        None: None, "nfkc": dict(type="NFKC"), "charsmap": precompiled(RULES | compatible),
+        "hub": dict(type="Sequence", normalizers=[precompiled(), strip, spaces])}[normalizer]
+    content = t5_file(learned_scores(), normalizer, scheme, **options)
+    hidden = json.loads(json.dumps(content))  # the library would find "</s>" among the pieces
+    for token in hidden.pop("added_tokens"):
+        hidden["model"]["vocab"][token["id"]][0] = f"\U0010ffff{token['id']}"
+    assert_same_ids(content, special, [STORIES, *texts], hidden)
+
+
+def test_same_ids_as_the_library_for_gpt2_s_file():
+    tok = bpe.Tokenizer.train(STORIES, 700)
+    content = tok.to_json()
+    model = content["model"]
+    model["vocab"][END] = 700
+    model["merges"] = [" ".join(merge) for merge in model["merges"]]
+    del model["type"], content["pre_tokenizer"]["use_regex"]
+    content |= dict(added_tokens=[added(700, END, normalized=True), added(701, "<m>", lstrip=True)],
+                    post_processor=content["pre_tokenizer"])
+    hub = open_as("t.json", content)
+    assert hub.special == {END: 700, "<m>": 701} and hub.vocab_size == 702
+    assert hub.encode("a" + END) == tok.encode("a" + END)
+    assert_same_ids(content, [END], [STORIES, *strange_texts(100, [END, " <m>"])])
+    del content["added_tokens"]  # then it is a token like others, that no merge makes
+    open_as("t.json", content).save("saved.json")
+    assert bpe.Tokenizer.load("saved.json").decode([700]) == END
 
 
 # --------------------------------------------------------------------------------------------------
