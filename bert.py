@@ -19,14 +19,17 @@ labels. No text is generated; BERT is for understanding it.
     python bert.py generate --prompt "The cat sat on the [MASK]."     fill what is hidden
     python bert.py eval                             how many hidden tokens and pairs it gets right
     python bert.py bench                            how fast this machine is at it
+    python bert.py generate --init_from bert-base-uncased    the published weights (or a folder)
+    python bert.py export --to FOLDER               what was trained, for transformers
     python bert.py --help                           every flag
 
 The lesson of this file is how to leave the plateau, on which the loss of a BERT that is trained
 from scratch may stay for hours: see `BERT.init_attention`. It reads from top to bottom:
-2 the configuration, 3 layers, 4 the model, 5 the objective, 6 generation, 7 training, 8 the command
-line. Copied alone into a project, this file still gives `from bert import BERT, BERTConfig`; to
-train, it needs bpe.py (the tokenizer) and data.py (files, downloads, the log) beside it. To learn,
-change things: `--pos rotary` (which loss falls faster?), `--nsp false`, `--mask_prob 0.5`.
+2 the configuration, 3 layers, 4 the model, 5 the objective, 6 generation, 7 published weights,
+8 training, 9 the command line. Copied alone into a project, this file still gives
+`from bert import BERT, BERTConfig`; to train, it needs bpe.py (the tokenizer) and data.py (files,
+downloads, the log) beside it. To learn, change things: `--pos rotary` (which loss falls faster?),
+`--nsp false`, `--mask_prob 0.5`.
 
 Papers: Devlin et al. 2019, https://arxiv.org/abs/1810.04805 (BERT); Vaswani et al. 2017,
 https://arxiv.org/abs/1706.03762 (attention).
@@ -761,7 +764,85 @@ def generate_speeds(model: BERT) -> dict[str, float]:
 
 
 # --------------------------------------------------------------------------------------------------
-# 7. Training: from here on the three model files are the same, letter by letter
+# 7. Published weights: the paper's names for ours
+# --------------------------------------------------------------------------------------------------
+
+PASSED_OVER = r"bert\.embeddings\.position_ids|(bert\.pooler|cls\.seq_relationship)\..*"
+ROLES = dict(pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]", mask_token="[MASK]")
+TEMPLATE = ["[CLS]", "A", "[SEP]", "B", "[SEP]"]  # what stands around a text, or a pair
+
+
+def published_name(name: str) -> str:
+    """The name of a tensor in a file of weights -> the one that `published_weights` has for it."""
+    name = name.replace("LayerNorm.gamma", "LayerNorm.weight")
+    name = name.replace("LayerNorm.beta", "LayerNorm.bias")
+    return name if name.startswith(("bert.", "cls.", "classifier.")) else f"bert.{name}"
+
+
+def published_weights(model: BERT) -> dict:
+    """Published name -> our weight, in the published shape: query, key, value are apart there."""
+    layers = {
+        "bert.embeddings.LayerNorm": model.norm,
+        "cls.predictions.transform.dense": model.transform,
+        "cls.predictions.transform.LayerNorm": model.transform_norm,
+        "cls.predictions.decoder": model.head,
+    }
+    layers |= {"bert.pooler.dense": model.pooler} if hasattr(model, "pooler") else {}
+    layers |= {"cls.seq_relationship": model.pair_head} if model.config.nsp else {}
+    layers |= {"classifier": model.label_head} if model.config.n_labels else {}
+    named = {
+        "bert.embeddings.word_embeddings.weight": model.token_embedding.weight,
+        "bert.embeddings.position_embeddings.weight": model.position_embedding.weight,
+        "bert.embeddings.token_type_embeddings.weight": model.segment_embedding.weight,
+        "cls.predictions.bias": model.head.bias,
+    }
+    for i, block in enumerate(model.blocks):
+        at = f"bert.encoder.layer.{i}."
+        layers |= {
+            at + "attention.output.dense": block.attn.proj,
+            at + "attention.output.LayerNorm": block.attn_norm,
+            at + "intermediate.dense": block.mlp.up, at + "output.dense": block.mlp.down,
+            at + "output.LayerNorm": block.mlp_norm,
+        }
+        for kind in "weight", "bias":
+            parts = getattr(block.attn.qkv, kind).chunk(3)
+            for name, part in zip(("query", "key", "value"), parts):
+                named[f"{at}attention.self.{name}.{kind}"] = part
+    for name, layer in layers.items():
+        named |= {f"{name}.weight": layer.weight, f"{name}.bias": layer.bias}
+    return named
+
+
+def to_published(config: BERTConfig) -> dict:
+    """Our settings as `config.json` has them. Raises ValueError where BERT has no such variant."""
+    if (config.pos, config.norm) != ("learned", "post"):
+        raise ValueError(
+            "BERT has learned positions and post-norm: transformers has no class for this variant")
+    return dict(
+        architectures=["BertForPreTraining" if config.nsp else "BertForMaskedLM"],
+        model_type="bert", vocab_size=config.vocab_size, hidden_size=config.n_embd,
+        num_hidden_layers=config.n_layer, num_attention_heads=config.n_head,
+        intermediate_size=config.ff_width, hidden_act="gelu",
+        hidden_dropout_prob=config.dropout, attention_probs_dropout_prob=config.dropout,
+        max_position_embeddings=config.block_size, type_vocab_size=config.n_segments,
+        layer_norm_eps=1e-12, pad_token_id=0, tie_word_embeddings=True,
+    )
+
+
+def from_published(found: dict, names: set[str]) -> BERTConfig:
+    """What `config.json` says, and the names of the weights -> our settings."""
+    if found.get("hidden_act", "gelu") != "gelu":
+        raise ValueError(f"hidden_act {found['hidden_act']} instead of gelu")
+    return BERTConfig(
+        found["vocab_size"], found["max_position_embeddings"], found["num_hidden_layers"],
+        found["num_attention_heads"], found["hidden_size"], n_ff=found["intermediate_size"],
+        dropout=found.get("hidden_dropout_prob", 0.1), n_segments=found.get("type_vocab_size", 2),
+        nsp="cls.seq_relationship.weight" in names and "bert.pooler.dense.weight" in names,
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# 8. Training: from here on the three model files are the same, letter by letter
 # --------------------------------------------------------------------------------------------------
 
 
@@ -770,7 +851,7 @@ class RunConfig:
     """Which weights, on which machine."""
 
     out_dir: str = f"out/{NAME}"  # folder of a run: checkpoints, log and chart
-    init_from: str = ""  # a checkpoint; without it, out_dir's best.pt or else its ckpt.pt
+    init_from: str = ""  # a checkpoint, a folder, a published model (default: what out_dir holds)
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: the best there is
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: the fastest there is
     seed: int = 0  # of all random draws: the same seed, the same result
@@ -780,7 +861,7 @@ class RunConfig:
 class TrainConfig(RunConfig):
     """What to learn from, for how long, and how fast."""
 
-    init_from: str = "scratch"  # scratch, resume (what out_dir holds), or a checkpoint
+    init_from: str = "scratch"  # scratch, resume, a checkpoint, a folder, a published model
     data: str = "input.txt"  # a file, folder or URL, or shakespeare, tinystories, imdb
     max_steps: int = RECIPES["laptop"]["max_steps"]  # optimizer steps
     epochs: float = 0.0  # passes over the training part; if given, max_steps follows from it
@@ -973,7 +1054,8 @@ class Trainer:
         self.corpus = data.prepare(
             run.data, config.vocab_size, SPECIAL_TOKENS, SEPARATOR, tokenizer
         )
-        self.config = replace(config, vocab_size=self.corpus.tokenizer.vocab_size)
+        self.config = config if checkpoint else replace(
+            config, vocab_size=self.corpus.tokenizer.vocab_size)
         self.objective = objective
         epoch = rows_per_epoch(self.corpus, self.config, objective)
         steps = max(math.ceil(run.epochs * epoch / run.rows), 1) if run.epochs else run.max_steps
@@ -1129,7 +1211,7 @@ class Trainer:
 
 
 # --------------------------------------------------------------------------------------------------
-# 8. The command line
+# 9. The command line
 # --------------------------------------------------------------------------------------------------
 
 
@@ -1139,6 +1221,13 @@ class EvalConfig(RunConfig):
 
     data: str = ""  # as in training; without it, what the model was trained on
     batch_size: int = 32  # sequences that are computed at once
+
+
+@dataclass
+class ExportConfig(RunConfig):
+    """Where to."""
+
+    to: str = ""  # the folder to write
 
 
 def train_command(settings: dict, given: dict) -> int:
@@ -1153,8 +1242,7 @@ def train_command(settings: dict, given: dict) -> int:
                 f"nothing to resume in {folder}: no ckpt.pt; "
                 "train with --init_from scratch, or set --out_dir"
             )
-        path = folder / "ckpt.pt" if init_from == "resume" else init_from
-        checkpoint, _ = data.load_checkpoint(path, NAME, lambda config: Model(Config(**config)))
+        checkpoint, _ = open_model(folder / "ckpt.pt" if init_from == "resume" else init_from)
         for name, value in checkpoint["config"].items():
             if name in given and given[name] != value and name != "dropout":
                 raise ValueError(
@@ -1185,16 +1273,70 @@ def train_command(settings: dict, given: dict) -> int:
     return 0
 
 
+def from_pretrained(name_or_folder) -> Model:
+    """A published model: by its name on the Hugging Face hub, or of a folder that holds it.
+
+    Raises ValueError or OSError where it is none, or not of this file's architecture.
+    """
+    import data
+
+    folder = data.pretrained_folder(name_or_folder)
+    found = data.read_config(folder)
+    names = {published_name(name) for name in data.weight_names(folder)}
+    try:
+        config = from_published(found, names)
+    except (KeyError, TypeError, ValueError) as error:
+        kind = found.get("model_type", "unknown")
+        raise ValueError(
+            f"{folder}: not a model that {NAME}.py can be (its type is {kind}): {error}") from None
+    model = Model(config)
+    data.load_weights(folder, published_weights(model), published_name, PASSED_OVER)
+    return model.eval()
+
+
+def save_pretrained(model, folder) -> None:
+    """Write config.json and model.safetensors, which `transformers` opens with the same results.
+
+    Raises ValueError for a variant that it has no class for, OSError where nothing can be written.
+    """
+    import data
+
+    config = to_published(model.config)
+    data.save_weights(folder, published_weights(model))
+    with data.replacing(Path(folder) / "config.json", "w") as file:
+        json.dump(config, file, indent=1)
+
+
+Model.from_pretrained, Model.save_pretrained = staticmethod(from_pretrained), save_pretrained
+
+
+def open_model(path):
+    """(checkpoint, model): of a checkpoint, of the run in a folder, or of a published model."""
+    import data
+    from bpe import Tokenizer
+
+    runs = [Path(path) / name for name in ("best.pt", "ckpt.pt")]
+    file = next((run for run in runs if run.exists()), Path(path))
+    if file.is_file() or file.suffix == ".pt":
+        checkpoint, model = data.load_checkpoint(
+            file, NAME, lambda config: Model(Config(**config)))
+        data.say(f"{file}: step {checkpoint['step']}")
+        return checkpoint, model
+    model = from_pretrained(path)
+    return dict(
+        step=0, config=asdict(model.config), objective=asdict(ObjectiveConfig()),
+        run=asdict(TrainConfig()), documents=1, model=model.state_dict(),
+        tokenizer=Tokenizer.from_pretrained(path),
+    ), model
+
+
 def load_model(load: RunConfig):
     """(model, checkpoint, device, dtype): the weights that --init_from or --out_dir name."""
     import data
 
-    paths = [load.init_from] if load.init_from else [
-        Path(load.out_dir) / name for name in ("best.pt", "ckpt.pt")
-    ]
-    path = next((path for path in paths if Path(path).exists()), paths[-1])
-    checkpoint, model = data.load_checkpoint(path, NAME, lambda config: Model(Config(**config)))
-    data.say(f"{path}: step {checkpoint['step']}")
+    paths = [Path(load.out_dir) / name for name in ("best.pt", "ckpt.pt")]
+    trained = next((path for path in paths if path.exists()), paths[-1])
+    checkpoint, model = open_model(load.init_from or trained)
     device = data.choose_device(load.device)
     return model.to(device).eval(), checkpoint, device, data.choose_dtype(load.dtype, device)
 
@@ -1225,6 +1367,20 @@ def generate_command(settings: dict, given: dict) -> int:
     model, checkpoint, _, dtype = load_model(build(RunConfig, settings))
     torch.manual_seed(settings["seed"])
     write_samples(model.to(dtype), checkpoint, options)
+    return 0
+
+
+def export_command(settings: dict, given: dict) -> int:
+    """Write a folder that transformers opens: settings, weights, tokenizer."""
+    import data
+
+    options = data.build(ExportConfig, settings)
+    if not options.to:
+        raise ValueError("say which folder to write, with --to")
+    model, checkpoint, _, _ = load_model(options)
+    model.save_pretrained(options.to)
+    data.save_tokenizer(checkpoint["tokenizer"], options.to, ROLES, TEMPLATE)
+    data.say(f"{options.to} holds config.json, model.safetensors and tokenizer.json")
     return 0
 
 
@@ -1266,6 +1422,7 @@ COMMANDS = {
     "train": (train_command, (Config, ObjectiveConfig, TrainConfig)),
     "generate": (generate_command, (GenerateConfig, RunConfig)),
     "eval": (eval_command, (EvalConfig,)),
+    "export": (export_command, (ExportConfig,)),
     "bench": (bench_command, (Config, ObjectiveConfig, TrainConfig)),
 }
 

@@ -908,6 +908,39 @@ def save_weights(folder, tensors: dict) -> None:
             file.write(as_bytes(tensor.detach().cpu().contiguous()))
 
 
+def save_tokenizer(tokenizer, folder, roles: dict[str, str], template: list[str]) -> None:
+    """Write what AutoTokenizer opens: FOLDER/tokenizer.json and tokenizer_config.json.
+
+    roles: what special tokens are for, as {"eos_token": "</s>"}. template: what stands around a
+    text A, or a pair A, B, as ["[CLS]", "A", "[SEP]", "B", "[SEP]"], unless the tokenizer has one.
+    """
+    content = tokenizer.to_json()
+
+    def parts(names: list[str]) -> list[dict]:
+        """The first segment has type 0; the second, with what follows it, type 1."""
+        second = names.index("B") if "B" in names else len(names)
+        return [
+            {"Sequence" if name in ("A", "B") else "SpecialToken": {
+                "id": name, "type_id": int(i >= second)}}
+            for i, name in enumerate(names)
+        ]
+
+    if template and not content["post_processor"]:
+        single = template[: template.index("B")] if "B" in template else template
+        pair = template if "B" in template else single + ["B", *single[1:]]
+        content["post_processor"] = dict(
+            type="TemplateProcessing", single=parts(single), pair=parts(pair),
+            special_tokens={
+                name: dict(id=name, ids=[tokenizer.special[name]], tokens=[name])
+                for name in template if name not in ("A", "B")
+            },
+        )
+    config = dict(tokenizer_class="PreTrainedTokenizerFast", **roles)
+    for name, value in ("tokenizer.json", content), ("tokenizer_config.json", config):
+        with replacing(Path(folder) / name, "w") as file:
+            json.dump(value, file, ensure_ascii=False, indent=1)
+
+
 # --------------------------------------------------------------------------------------------------
 # 6. What a run writes: its log and the chart of it
 # --------------------------------------------------------------------------------------------------

@@ -15,13 +15,15 @@ token of the vocabulary.
     python gpt.py generate --prompt "Title: The"   write with what was trained
     python gpt.py eval                             loss and bits per byte on all validation text
     python gpt.py bench                            how fast this machine is at it
+    python gpt.py generate --init_from gpt2        the published weights (or those in a folder)
+    python gpt.py export --to FOLDER               what was trained, for transformers
     python gpt.py --help                           every flag
 
 It reads from top to bottom: 2 the configuration, 3 layers, 4 the model, 5 the objective,
-6 generation, 7 training, 8 the command line. Copied alone into a project, this file still gives
-`from gpt import GPT, GPTConfig`; to train, it needs bpe.py (the tokenizer) and data.py (files,
-downloads, the log) beside it. To learn, change things: `--pos none` (which words suffer?),
-`--norm none`, `--n_head 1`.
+6 generation, 7 published weights, 8 training, 9 the command line. Copied alone into a project, this
+file still gives `from gpt import GPT, GPTConfig`; to train, it needs bpe.py (the tokenizer) and
+data.py (files, downloads, the log) beside it. To learn, change things: `--pos none` (which words
+suffer?), `--norm none`, `--n_head 1`.
 
 Papers: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners" (GPT-2);
 Vaswani et al. 2017, https://arxiv.org/abs/1706.03762 (attention); Radford et al. 2018 (GPT).
@@ -626,7 +628,76 @@ def generate_speeds(model: GPT) -> dict[str, float]:
 
 
 # --------------------------------------------------------------------------------------------------
-# 7. Training: from here on the three model files are the same, letter by letter
+# 7. Published weights: GPT-2's names for ours
+# --------------------------------------------------------------------------------------------------
+
+PASSED_OVER = r".*\.attn\.(masked_)?bias"  # masks that old files hold, no weights
+ROLES = dict(bos_token="<|endoftext|>", eos_token="<|endoftext|>")  # of special tokens
+TEMPLATE = []  # what stands around a text: nothing
+
+
+def published_name(name: str) -> str:
+    """The name of a tensor in a file of weights -> the one that `published_weights` has for it."""
+    return name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
+
+
+def published_weights(model: GPT) -> dict:
+    """Published name -> our weight, in the published shape: GPT-2's matrices are transposed."""
+    named = {
+        "transformer.wte.weight": model.token_embedding.weight,
+        "transformer.wpe.weight": model.position_embedding.weight,
+        "transformer.ln_f.weight": model.norm.weight,
+        "transformer.ln_f.bias": model.norm.bias,
+        "lm_head.weight": model.head.weight,
+    }
+    for i, block in enumerate(model.blocks):
+        for name, layer in (
+            ("ln_1", block.attn_norm), ("attn.c_attn", block.attn.qkv),
+            ("attn.c_proj", block.attn.proj), ("ln_2", block.mlp_norm),
+            ("mlp.c_fc", block.mlp.up), ("mlp.c_proj", block.mlp.down),
+        ):
+            name, weight = f"transformer.h.{i}.{name}", layer.weight
+            named[f"{name}.weight"] = weight.T if weight.ndim == 2 else weight
+            named[f"{name}.bias"] = layer.bias
+    return named
+
+
+def to_published(config: GPTConfig) -> dict:
+    """Our settings as `config.json` has them. Raises ValueError where GPT-2 has no such variant."""
+    same = replace(
+        config, head_dim=None, value_dim=None, bias=True, pos="learned", norm="pre", residual=True)
+    narrow = config.key_width == config.value_width == config.n_embd // config.n_head
+    if config != replace(same, head_dim=config.head_dim, value_dim=config.value_dim) or not narrow:
+        raise ValueError(
+            "GPT-2 has learned positions, pre-norm, residuals, biases and heads as wide as "
+            "n_embd / n_head: transformers has no class for this variant"
+        )
+    if not config.ff_width:
+        raise ValueError("GPT-2 has feed-forwards: transformers has no class for this variant")
+    return dict(
+        architectures=["GPT2LMHeadModel"], model_type="gpt2", vocab_size=config.vocab_size,
+        n_positions=config.block_size, n_embd=config.n_embd, n_layer=config.n_layer,
+        n_head=config.n_head, n_inner=config.ff_width,
+        activation_function="gelu_new" if config.act == "gelu" else "relu",
+        resid_pdrop=config.dropout, embd_pdrop=config.dropout, attn_pdrop=config.dropout,
+        layer_norm_epsilon=1e-5, tie_word_embeddings=config.tie, bos_token_id=0, eos_token_id=0,
+    )
+
+
+def from_published(found: dict, names: set[str]) -> GPTConfig:
+    """What `config.json` says, and the names of the weights -> our settings."""
+    acts = dict(gelu_new="gelu", gelu_pytorch_tanh="gelu", relu="relu")
+    return GPTConfig(
+        found["vocab_size"], found.get("n_positions", found.get("n_ctx", 1024)), found["n_layer"],
+        found["n_head"], found["n_embd"], n_ff=found.get("n_inner"),
+        dropout=found.get("resid_pdrop", 0.1),
+        act=acts[found.get("activation_function", "gelu_new")],
+        tie=found.get("tie_word_embeddings", True),
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# 8. Training: from here on the three model files are the same, letter by letter
 # --------------------------------------------------------------------------------------------------
 
 
@@ -635,7 +706,7 @@ class RunConfig:
     """Which weights, on which machine."""
 
     out_dir: str = f"out/{NAME}"  # folder of a run: checkpoints, log and chart
-    init_from: str = ""  # a checkpoint; without it, out_dir's best.pt or else its ckpt.pt
+    init_from: str = ""  # a checkpoint, a folder, a published model (default: what out_dir holds)
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: the best there is
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: the fastest there is
     seed: int = 0  # of all random draws: the same seed, the same result
@@ -645,7 +716,7 @@ class RunConfig:
 class TrainConfig(RunConfig):
     """What to learn from, for how long, and how fast."""
 
-    init_from: str = "scratch"  # scratch, resume (what out_dir holds), or a checkpoint
+    init_from: str = "scratch"  # scratch, resume, a checkpoint, a folder, a published model
     data: str = "input.txt"  # a file, folder or URL, or shakespeare, tinystories, imdb
     max_steps: int = RECIPES["laptop"]["max_steps"]  # optimizer steps
     epochs: float = 0.0  # passes over the training part; if given, max_steps follows from it
@@ -838,7 +909,8 @@ class Trainer:
         self.corpus = data.prepare(
             run.data, config.vocab_size, SPECIAL_TOKENS, SEPARATOR, tokenizer
         )
-        self.config = replace(config, vocab_size=self.corpus.tokenizer.vocab_size)
+        self.config = config if checkpoint else replace(
+            config, vocab_size=self.corpus.tokenizer.vocab_size)
         self.objective = objective
         epoch = rows_per_epoch(self.corpus, self.config, objective)
         steps = max(math.ceil(run.epochs * epoch / run.rows), 1) if run.epochs else run.max_steps
@@ -994,7 +1066,7 @@ class Trainer:
 
 
 # --------------------------------------------------------------------------------------------------
-# 8. The command line
+# 9. The command line
 # --------------------------------------------------------------------------------------------------
 
 
@@ -1004,6 +1076,13 @@ class EvalConfig(RunConfig):
 
     data: str = ""  # as in training; without it, what the model was trained on
     batch_size: int = 32  # sequences that are computed at once
+
+
+@dataclass
+class ExportConfig(RunConfig):
+    """Where to."""
+
+    to: str = ""  # the folder to write
 
 
 def train_command(settings: dict, given: dict) -> int:
@@ -1018,8 +1097,7 @@ def train_command(settings: dict, given: dict) -> int:
                 f"nothing to resume in {folder}: no ckpt.pt; "
                 "train with --init_from scratch, or set --out_dir"
             )
-        path = folder / "ckpt.pt" if init_from == "resume" else init_from
-        checkpoint, _ = data.load_checkpoint(path, NAME, lambda config: Model(Config(**config)))
+        checkpoint, _ = open_model(folder / "ckpt.pt" if init_from == "resume" else init_from)
         for name, value in checkpoint["config"].items():
             if name in given and given[name] != value and name != "dropout":
                 raise ValueError(
@@ -1050,16 +1128,70 @@ def train_command(settings: dict, given: dict) -> int:
     return 0
 
 
+def from_pretrained(name_or_folder) -> Model:
+    """A published model: by its name on the Hugging Face hub, or of a folder that holds it.
+
+    Raises ValueError or OSError where it is none, or not of this file's architecture.
+    """
+    import data
+
+    folder = data.pretrained_folder(name_or_folder)
+    found = data.read_config(folder)
+    names = {published_name(name) for name in data.weight_names(folder)}
+    try:
+        config = from_published(found, names)
+    except (KeyError, TypeError, ValueError) as error:
+        kind = found.get("model_type", "unknown")
+        raise ValueError(
+            f"{folder}: not a model that {NAME}.py can be (its type is {kind}): {error}") from None
+    model = Model(config)
+    data.load_weights(folder, published_weights(model), published_name, PASSED_OVER)
+    return model.eval()
+
+
+def save_pretrained(model, folder) -> None:
+    """Write config.json and model.safetensors, which `transformers` opens with the same results.
+
+    Raises ValueError for a variant that it has no class for, OSError where nothing can be written.
+    """
+    import data
+
+    config = to_published(model.config)
+    data.save_weights(folder, published_weights(model))
+    with data.replacing(Path(folder) / "config.json", "w") as file:
+        json.dump(config, file, indent=1)
+
+
+Model.from_pretrained, Model.save_pretrained = staticmethod(from_pretrained), save_pretrained
+
+
+def open_model(path):
+    """(checkpoint, model): of a checkpoint, of the run in a folder, or of a published model."""
+    import data
+    from bpe import Tokenizer
+
+    runs = [Path(path) / name for name in ("best.pt", "ckpt.pt")]
+    file = next((run for run in runs if run.exists()), Path(path))
+    if file.is_file() or file.suffix == ".pt":
+        checkpoint, model = data.load_checkpoint(
+            file, NAME, lambda config: Model(Config(**config)))
+        data.say(f"{file}: step {checkpoint['step']}")
+        return checkpoint, model
+    model = from_pretrained(path)
+    return dict(
+        step=0, config=asdict(model.config), objective=asdict(ObjectiveConfig()),
+        run=asdict(TrainConfig()), documents=1, model=model.state_dict(),
+        tokenizer=Tokenizer.from_pretrained(path),
+    ), model
+
+
 def load_model(load: RunConfig):
     """(model, checkpoint, device, dtype): the weights that --init_from or --out_dir name."""
     import data
 
-    paths = [load.init_from] if load.init_from else [
-        Path(load.out_dir) / name for name in ("best.pt", "ckpt.pt")
-    ]
-    path = next((path for path in paths if Path(path).exists()), paths[-1])
-    checkpoint, model = data.load_checkpoint(path, NAME, lambda config: Model(Config(**config)))
-    data.say(f"{path}: step {checkpoint['step']}")
+    paths = [Path(load.out_dir) / name for name in ("best.pt", "ckpt.pt")]
+    trained = next((path for path in paths if path.exists()), paths[-1])
+    checkpoint, model = open_model(load.init_from or trained)
     device = data.choose_device(load.device)
     return model.to(device).eval(), checkpoint, device, data.choose_dtype(load.dtype, device)
 
@@ -1090,6 +1222,20 @@ def generate_command(settings: dict, given: dict) -> int:
     model, checkpoint, _, dtype = load_model(build(RunConfig, settings))
     torch.manual_seed(settings["seed"])
     write_samples(model.to(dtype), checkpoint, options)
+    return 0
+
+
+def export_command(settings: dict, given: dict) -> int:
+    """Write a folder that transformers opens: settings, weights, tokenizer."""
+    import data
+
+    options = data.build(ExportConfig, settings)
+    if not options.to:
+        raise ValueError("say which folder to write, with --to")
+    model, checkpoint, _, _ = load_model(options)
+    model.save_pretrained(options.to)
+    data.save_tokenizer(checkpoint["tokenizer"], options.to, ROLES, TEMPLATE)
+    data.say(f"{options.to} holds config.json, model.safetensors and tokenizer.json")
     return 0
 
 
@@ -1131,6 +1277,7 @@ COMMANDS = {
     "train": (train_command, (Config, ObjectiveConfig, TrainConfig)),
     "generate": (generate_command, (GenerateConfig, RunConfig)),
     "eval": (eval_command, (EvalConfig,)),
+    "export": (export_command, (ExportConfig,)),
     "bench": (bench_command, (Config, ObjectiveConfig, TrainConfig)),
 }
 

@@ -17,11 +17,13 @@ how far apart two tokens are. Norms only scale, and no layer has a bias of its o
     python t5.py generate --prompt "The cat sat on the <extra_id_0>."         fill the gaps
     python t5.py eval                               the loss, and how many tokens of spans are right
     python t5.py bench                              how fast this machine is at it
+    python t5.py generate --init_from t5-small      the published weights (or those in a folder)
+    python t5.py export --to FOLDER                 what was trained, for transformers
     python t5.py --help                             every flag
 
 The lesson of this file is how source and target find each other: see `T5.init_attention`. It reads
 from top to bottom: 2 the configuration, 3 layers, 4 the model, 5 the objective, 6 generation,
-7 training, 8 the command line. Copied alone into a project, this file still gives
+7 published weights, 8 training, 9 the command line. Copied alone into a project, this file still gives
 `from t5 import T5, T5Config`; to train, it needs bpe.py (the tokenizer) and data.py (files,
 downloads, the log) beside it. To learn, change things: `--mean_span 1` (is that easier?),
 `--corruption bernoulli`, `--n_decoder_layer 1`, `--act gated-gelu --tie false` (version 1.1).
@@ -977,7 +979,92 @@ def generate_speeds(model: T5) -> dict[str, float]:
 
 
 # --------------------------------------------------------------------------------------------------
-# 7. Training: from here on the three model files are the same, letter by letter
+# 7. Published weights: T5's names for ours
+# --------------------------------------------------------------------------------------------------
+
+# Distances of the cross-attention, which has none: in old files all the same.
+PASSED_OVER = r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight"
+ROLES = dict(pad_token="<pad>", eos_token="</s>")  # of special tokens
+TEMPLATE = ["A", "</s>"]  # what stands around a text
+
+
+def published_name(name: str) -> str:
+    """The name of a tensor in a file of weights -> the one that `published_weights` has for it."""
+    return name
+
+
+def published_weights(model: T5) -> dict:
+    """Published name -> our weight, in the published shape; key and value are apart there."""
+    embedding = model.token_embedding.weight
+    named = {
+        "shared.weight": embedding, "encoder.embed_tokens.weight": embedding,
+        "decoder.embed_tokens.weight": embedding, "lm_head.weight": model.head.weight,
+    }
+
+    def attention_weights(name, layer):
+        key, value = layer.kv.weight.chunk(2)
+        parts = dict(q=layer.query.weight, k=key, v=value, o=layer.proj.weight)
+        return {f"{name}.{part}.weight": weight for part, weight in parts.items()}
+
+    for side, stack in ("encoder", model.encoder), ("decoder", model.decoder):
+        named[f"{side}.final_layer_norm.weight"] = stack.norm.weight
+        named[f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"] = (
+            stack.distance_embedding.weight)
+        for i, block in enumerate(stack.blocks):
+            at = f"{side}.block.{i}.layer"
+            named |= attention_weights(f"{at}.0.SelfAttention", block.attn)
+            named[f"{at}.0.layer_norm.weight"] = block.attn_norm.weight
+            if block.decoder:
+                named |= attention_weights(f"{at}.1.EncDecAttention", block.cross)
+                named[f"{at}.1.layer_norm.weight"] = block.cross_norm.weight
+            last, gated = f"{at}.{1 + block.decoder}", block.mlp.act == "gated-gelu"
+            up = dict(wi_0=block.mlp.gate, wi_1=block.mlp.up) if gated else dict(wi=block.mlp.up)
+            for name, layer in (up | dict(wo=block.mlp.down)).items():
+                named[f"{last}.DenseReluDense.{name}.weight"] = layer.weight
+            named[f"{last}.layer_norm.weight"] = block.mlp_norm.weight
+    return named
+
+
+def to_published(config: T5Config) -> dict:
+    """Our settings as `config.json` has them. (What it says about tying means scaling, and the head
+    itself is tied where the file has none: so `transformers` reads it.)"""
+    return dict(
+        architectures=["T5ForConditionalGeneration"], model_type="t5",
+        vocab_size=config.vocab_size, d_model=config.n_embd, d_kv=config.key_width,
+        d_ff=config.ff_width, num_layers=config.n_layer, num_decoder_layers=config.decoder_layers,
+        num_heads=config.n_head, relative_attention_num_buckets=config.n_buckets,
+        relative_attention_max_distance=config.max_distance, dropout_rate=config.dropout,
+        feed_forward_proj=config.act, layer_norm_epsilon=1e-6, is_encoder_decoder=True,
+        tie_word_embeddings=config.tie and config.scale_head,
+        pad_token_id=config.pad_id, eos_token_id=config.eos_id,
+        decoder_start_token_id=config.pad_id,
+    )
+
+
+def from_published(found: dict, names: set[str]) -> T5Config:
+    """What `config.json` says, and the names of the weights -> our settings.
+
+    Whether the head is tied, the file tells: one with a head of its own is not, unless the settings
+    of an older version of `transformers` say that it is only a copy.
+    """
+    act = found.get("feed_forward_proj", "relu")
+    if act not in ("relu", "gated-gelu"):
+        raise ValueError(f"feed_forward_proj {act} instead of relu or gated-gelu")
+    said, newer = found.get("tie_word_embeddings", True), "scale_decoder_outputs" in found
+    return T5Config(
+        found["vocab_size"], found["num_layers"], found["num_heads"], found["d_model"],
+        n_ff=found["d_ff"], head_dim=found["d_kv"], dropout=found.get("dropout_rate", 0.1), act=act,
+        tie="lm_head.weight" not in names or (said and not newer),
+        scale_head=found["scale_decoder_outputs"] if newer else said,
+        n_buckets=found["relative_attention_num_buckets"],
+        max_distance=found.get("relative_attention_max_distance", 128),
+        n_decoder_layer=found.get("num_decoder_layers"),
+        pad_id=found.get("pad_token_id", 0), eos_id=found.get("eos_token_id", 1),
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# 8. Training: from here on the three model files are the same, letter by letter
 # --------------------------------------------------------------------------------------------------
 
 
@@ -986,7 +1073,7 @@ class RunConfig:
     """Which weights, on which machine."""
 
     out_dir: str = f"out/{NAME}"  # folder of a run: checkpoints, log and chart
-    init_from: str = ""  # a checkpoint; without it, out_dir's best.pt or else its ckpt.pt
+    init_from: str = ""  # a checkpoint, a folder, a published model (default: what out_dir holds)
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: the best there is
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: the fastest there is
     seed: int = 0  # of all random draws: the same seed, the same result
@@ -996,7 +1083,7 @@ class RunConfig:
 class TrainConfig(RunConfig):
     """What to learn from, for how long, and how fast."""
 
-    init_from: str = "scratch"  # scratch, resume (what out_dir holds), or a checkpoint
+    init_from: str = "scratch"  # scratch, resume, a checkpoint, a folder, a published model
     data: str = "input.txt"  # a file, folder or URL, or shakespeare, tinystories, imdb
     max_steps: int = RECIPES["laptop"]["max_steps"]  # optimizer steps
     epochs: float = 0.0  # passes over the training part; if given, max_steps follows from it
@@ -1189,7 +1276,8 @@ class Trainer:
         self.corpus = data.prepare(
             run.data, config.vocab_size, SPECIAL_TOKENS, SEPARATOR, tokenizer
         )
-        self.config = replace(config, vocab_size=self.corpus.tokenizer.vocab_size)
+        self.config = config if checkpoint else replace(
+            config, vocab_size=self.corpus.tokenizer.vocab_size)
         self.objective = objective
         epoch = rows_per_epoch(self.corpus, self.config, objective)
         steps = max(math.ceil(run.epochs * epoch / run.rows), 1) if run.epochs else run.max_steps
@@ -1345,7 +1433,7 @@ class Trainer:
 
 
 # --------------------------------------------------------------------------------------------------
-# 8. The command line
+# 9. The command line
 # --------------------------------------------------------------------------------------------------
 
 
@@ -1355,6 +1443,13 @@ class EvalConfig(RunConfig):
 
     data: str = ""  # as in training; without it, what the model was trained on
     batch_size: int = 32  # sequences that are computed at once
+
+
+@dataclass
+class ExportConfig(RunConfig):
+    """Where to."""
+
+    to: str = ""  # the folder to write
 
 
 def train_command(settings: dict, given: dict) -> int:
@@ -1369,8 +1464,7 @@ def train_command(settings: dict, given: dict) -> int:
                 f"nothing to resume in {folder}: no ckpt.pt; "
                 "train with --init_from scratch, or set --out_dir"
             )
-        path = folder / "ckpt.pt" if init_from == "resume" else init_from
-        checkpoint, _ = data.load_checkpoint(path, NAME, lambda config: Model(Config(**config)))
+        checkpoint, _ = open_model(folder / "ckpt.pt" if init_from == "resume" else init_from)
         for name, value in checkpoint["config"].items():
             if name in given and given[name] != value and name != "dropout":
                 raise ValueError(
@@ -1401,16 +1495,70 @@ def train_command(settings: dict, given: dict) -> int:
     return 0
 
 
+def from_pretrained(name_or_folder) -> Model:
+    """A published model: by its name on the Hugging Face hub, or of a folder that holds it.
+
+    Raises ValueError or OSError where it is none, or not of this file's architecture.
+    """
+    import data
+
+    folder = data.pretrained_folder(name_or_folder)
+    found = data.read_config(folder)
+    names = {published_name(name) for name in data.weight_names(folder)}
+    try:
+        config = from_published(found, names)
+    except (KeyError, TypeError, ValueError) as error:
+        kind = found.get("model_type", "unknown")
+        raise ValueError(
+            f"{folder}: not a model that {NAME}.py can be (its type is {kind}): {error}") from None
+    model = Model(config)
+    data.load_weights(folder, published_weights(model), published_name, PASSED_OVER)
+    return model.eval()
+
+
+def save_pretrained(model, folder) -> None:
+    """Write config.json and model.safetensors, which `transformers` opens with the same results.
+
+    Raises ValueError for a variant that it has no class for, OSError where nothing can be written.
+    """
+    import data
+
+    config = to_published(model.config)
+    data.save_weights(folder, published_weights(model))
+    with data.replacing(Path(folder) / "config.json", "w") as file:
+        json.dump(config, file, indent=1)
+
+
+Model.from_pretrained, Model.save_pretrained = staticmethod(from_pretrained), save_pretrained
+
+
+def open_model(path):
+    """(checkpoint, model): of a checkpoint, of the run in a folder, or of a published model."""
+    import data
+    from bpe import Tokenizer
+
+    runs = [Path(path) / name for name in ("best.pt", "ckpt.pt")]
+    file = next((run for run in runs if run.exists()), Path(path))
+    if file.is_file() or file.suffix == ".pt":
+        checkpoint, model = data.load_checkpoint(
+            file, NAME, lambda config: Model(Config(**config)))
+        data.say(f"{file}: step {checkpoint['step']}")
+        return checkpoint, model
+    model = from_pretrained(path)
+    return dict(
+        step=0, config=asdict(model.config), objective=asdict(ObjectiveConfig()),
+        run=asdict(TrainConfig()), documents=1, model=model.state_dict(),
+        tokenizer=Tokenizer.from_pretrained(path),
+    ), model
+
+
 def load_model(load: RunConfig):
     """(model, checkpoint, device, dtype): the weights that --init_from or --out_dir name."""
     import data
 
-    paths = [load.init_from] if load.init_from else [
-        Path(load.out_dir) / name for name in ("best.pt", "ckpt.pt")
-    ]
-    path = next((path for path in paths if Path(path).exists()), paths[-1])
-    checkpoint, model = data.load_checkpoint(path, NAME, lambda config: Model(Config(**config)))
-    data.say(f"{path}: step {checkpoint['step']}")
+    paths = [Path(load.out_dir) / name for name in ("best.pt", "ckpt.pt")]
+    trained = next((path for path in paths if path.exists()), paths[-1])
+    checkpoint, model = open_model(load.init_from or trained)
     device = data.choose_device(load.device)
     return model.to(device).eval(), checkpoint, device, data.choose_dtype(load.dtype, device)
 
@@ -1441,6 +1589,20 @@ def generate_command(settings: dict, given: dict) -> int:
     model, checkpoint, _, dtype = load_model(build(RunConfig, settings))
     torch.manual_seed(settings["seed"])
     write_samples(model.to(dtype), checkpoint, options)
+    return 0
+
+
+def export_command(settings: dict, given: dict) -> int:
+    """Write a folder that transformers opens: settings, weights, tokenizer."""
+    import data
+
+    options = data.build(ExportConfig, settings)
+    if not options.to:
+        raise ValueError("say which folder to write, with --to")
+    model, checkpoint, _, _ = load_model(options)
+    model.save_pretrained(options.to)
+    data.save_tokenizer(checkpoint["tokenizer"], options.to, ROLES, TEMPLATE)
+    data.say(f"{options.to} holds config.json, model.safetensors and tokenizer.json")
     return 0
 
 
@@ -1482,6 +1644,7 @@ COMMANDS = {
     "train": (train_command, (Config, ObjectiveConfig, TrainConfig)),
     "generate": (generate_command, (GenerateConfig, RunConfig)),
     "eval": (eval_command, (EvalConfig,)),
+    "export": (export_command, (ExportConfig,)),
     "bench": (bench_command, (Config, ObjectiveConfig, TrainConfig)),
 }
 

@@ -6,6 +6,7 @@ import ast
 import base64
 import collections
 import contextlib
+import dataclasses
 import functools
 import gzip
 import hashlib
@@ -2143,6 +2144,113 @@ def test_sampling_frequencies():
 
 
 # --------------------------------------------------------------------------------------------------
+# Published weights
+# --------------------------------------------------------------------------------------------------
+
+
+def published_model(kind: str, **settings):
+    """A model of transformers with random weights, in float64."""
+    transformers = pytest.importorskip("transformers")
+    none = dict(hidden_dropout_prob=0, attention_probs_dropout_prob=0)
+    model = {
+        "gpt": lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(
+            vocab_size=60, n_positions=20, n_layer=2, bos_token_id=0, eos_token_id=0, **settings)),
+        "bert": lambda: transformers.BertForPreTraining(transformers.BertConfig(
+            vocab_size=60, max_position_embeddings=20, num_hidden_layers=2, **none, **settings)),
+        "mlm": lambda: transformers.BertForMaskedLM(transformers.BertConfig(
+            vocab_size=60, max_position_embeddings=20, num_hidden_layers=2, **none, **settings)),
+        "t5": lambda: transformers.T5ForConditionalGeneration(transformers.T5Config(
+            vocab_size=60, dropout_rate=0, decoder_start_token_id=0, **settings)),
+    }[kind]().double().eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    return model
+
+
+PUBLISHED = [
+    ("gpt", dict(n_embd=24, n_head=3)),
+    ("gpt", dict(n_embd=16, n_head=1, n_inner=40, activation_function="relu")),
+    ("gpt", dict(n_embd=16, n_head=4, tie_word_embeddings=False)),
+    ("bert", dict(hidden_size=24, num_attention_heads=3, intermediate_size=40)),
+    ("bert", dict(hidden_size=16, num_attention_heads=1, intermediate_size=64, type_vocab_size=3)),
+    ("mlm", dict(hidden_size=16, num_attention_heads=2, intermediate_size=30)),
+    ("t5", dict(d_model=24, d_kv=5, d_ff=40, num_heads=3, num_layers=2, num_decoder_layers=3)),
+    ("t5", dict(d_model=16, d_kv=8, d_ff=40, num_heads=2, num_layers=3, num_decoder_layers=1,
+                feed_forward_proj="gated-gelu", tie_word_embeddings=False)),
+    ("t5", dict(d_model=16, d_kv=4, d_ff=30, num_heads=4, num_layers=2,
+                relative_attention_num_buckets=8, relative_attention_max_distance=20)),
+]
+
+
+def outputs(kind: str, ours, theirs) -> list[tuple]:
+    """Pairs of what the two say about the same input."""
+    idx, tgt = torch.randint(2, 60, (3, 18)), torch.randint(2, 60, (3, 7))
+    mask = torch.arange(18) < torch.tensor([[18], [5], [11]])
+    with torch.no_grad():
+        if kind == "gpt":
+            return [(ours(idx)[0], theirs(idx).logits)]
+        if kind == "t5":
+            found = theirs(input_ids=idx, attention_mask=mask.long(), labels=tgt)
+            return [(ours(idx, tgt, mask)[0], found.logits)]
+        segments = torch.randint(2, (3, 18))
+        found = theirs(input_ids=idx, attention_mask=mask.long(), token_type_ids=segments,
+                       output_hidden_states=True)
+        mlm_logits, nsp_logits = ours(idx, segments, mask)
+        hidden = ours.encode(idx, segments, mask)
+        mlm = found.prediction_logits if kind == "bert" else found.logits
+        pairs = [(mlm_logits[mask], mlm[mask]), (hidden[mask], found.hidden_states[-1][mask])]
+        return pairs + ([(nsp_logits, found.seq_relationship_logits)] if kind == "bert" else [])
+
+
+@pytest.mark.parametrize("kind, settings", PUBLISHED, ids=str)
+def test_published_weights_give_the_published_numbers_and_go_back(kind, settings, tmp_path):
+    """Opened from a folder of transformers; exported, and opened by transformers again."""
+    theirs = published_model(kind, **settings)
+    theirs.save_pretrained(tmp_path / "theirs")
+    script = {"gpt": gpt, "bert": bert, "mlm": bert, "t5": t5}[kind]
+    ours = script.Model.from_pretrained(tmp_path / "theirs")
+    assert not ours.training and next(ours.parameters()).dtype == torch.float32
+    exact = theirs.float().double()  # as the float32 that we read
+    ours = ours.double()
+    for left, right in outputs(kind, ours, exact):
+        assert (left - right).abs().max() < 1e-9
+    ours.float().save_pretrained(tmp_path / "ours")
+    again = type(theirs).from_pretrained(tmp_path / "ours").double().eval()
+    for left, right in outputs(kind, ours.double(), again):
+        assert (left - right).abs().max() < 1e-9
+    depths = settings.get("num_layers"), settings.get("num_decoder_layers", settings.get("num_layers"))
+    if kind in ("gpt", "t5") and depths[0] == depths[1]:  # (theirs cannot write with unequal depths)
+        idx = torch.randint(2, 60, (2, 6))
+        written = theirs.generate(idx, attention_mask=torch.ones_like(idx), do_sample=False,
+                                  max_new_tokens=10, eos_token_id=None, pad_token_id=0)
+        if kind == "gpt":
+            assert torch.equal(ours.generate(idx, 10, temperature=0), written)
+        else:
+            ours.config = dataclasses.replace(ours.config, eos_id=-1)
+            assert torch.equal(ours.generate(idx, 10), written[:, 1:])
+
+
+@pytest.mark.parametrize("script, config, expected", [
+    (gpt, gpt.GPTConfig(40, 8, 2, 2, 8), [0.793536, 0.271159, -0.372945, -0.849646, -0.944959]),
+    (bert, bert.BERTConfig(40, 8, 2, 2, 8), [-0.042106, 0.252337, 0.427674, 0.412251, 0.219713]),
+    (t5, t5.T5Config(40, 2, 2, 8, n_buckets=8, max_distance=20),
+     [-0.02193, -0.054246, -0.062231, -0.042253, -0.003326]),
+], ids=["gpt", "bert", "t5"])
+def test_logits_that_were_written_down_from_transformers(script, config, expected):
+    """Weights by a formula: sines, in the order of our names; exported, opened by transformers 5.23
+    in float64, and asked for the first five logits at the end of the second text."""
+    model, n = script.Model(config), 0
+    with torch.no_grad():
+        for _, p in sorted(model.named_parameters()):
+            p.copy_(0.5 * torch.sin(0.7 * torch.arange(n, n + p.numel())).view(p.shape))
+            n += p.numel()
+        idx = torch.arange(12).view(2, 6) * 5 % 30 + 2
+        model = model.double().eval()
+        logits = model(idx, idx)[0] if script is t5 else model(idx)[0]
+    assert logits[1, -1, :5].tolist() == pytest.approx(expected, abs=1e-6)
+
+
+# --------------------------------------------------------------------------------------------------
 # Training
 # --------------------------------------------------------------------------------------------------
 
@@ -2451,6 +2559,87 @@ def test_it_learns(script, flags, stories, capsys):
 
 
 # --------------------------------------------------------------------------------------------------
+# Published weights on the command line
+# --------------------------------------------------------------------------------------------------
+
+
+def test_an_exported_run_is_opened_by_transformers_and_by_us(script, stories, capsys):
+    command(script, "--data", stories, "--out_dir", "run", "--max_steps", 3, *SMALL)
+    command(script, "export", "--out_dir", "run", "--to", "exported")
+    assert "exported holds config.json" in capsys.readouterr().err
+    assert {path.name for path in Path("exported").iterdir()} == {
+        "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    command(script, "eval", "--out_dir", "run")
+    expected = json.loads(capsys.readouterr().out.splitlines()[-1])
+    command(script, "eval", "--init_from", "exported", "--data", stories)
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found.keys() == expected.keys()
+    if script is not t5:  # (the length of its windows is not the model's, and not exported)
+        assert found | {"step": 3} == pytest.approx(expected | {"step": 3})
+    prompt = {"gpt": "The sea", "bert": "The [MASK] sea.", "t5": "The <extra_id_0> sea."}
+    command(script, "generate", "--init_from", "exported", "--prompt", prompt[script.NAME])
+    assert "The" in capsys.readouterr().out
+    command(script, "--init_from", "exported", "--data", stories, "--out_dir", "more",
+            "--max_steps", 2, "--eval_interval", 2, "--device", "cpu", "--batch_size", 2)
+    assert torch.load("more/ckpt.pt", weights_only=True)["step"] == 2
+
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoTokenizer.from_pretrained("exported")
+    ours = bpe.Tokenizer.load("exported/tokenizer.json")
+    text = "The old man, by the sea — naïve?"
+    assert theirs(text, add_special_tokens=False).input_ids == ours.encode(text)
+    first = {"gpt": [], "bert": [ours.special["[CLS]"]] if script is bert else [], "t5": []}
+    last = {"gpt": [], "bert": [2], "t5": [1]}[script.NAME]
+    assert theirs(text).input_ids == first[script.NAME] + ours.encode(text) + last
+    kind = {"gpt": transformers.AutoModelForCausalLM, "bert": transformers.BertForPreTraining,
+            "t5": transformers.T5ForConditionalGeneration}[script.NAME]
+    model = kind.from_pretrained("exported").double().eval()
+    again = script.Model.from_pretrained("exported").double()
+    idx = torch.randint(102, 400, (2, 9))
+    with torch.no_grad():
+        if script is t5:
+            pair = model(input_ids=idx, labels=idx).logits, again(idx, idx)[0]
+        else:
+            pair = model(idx)[0], again(idx)[0]
+    assert (pair[0] - pair[1]).abs().max() < 1e-9
+
+
+def test_a_model_is_fetched_by_its_name(server, script, stories, monkeypatch, capsys):
+    command(script, "--data", stories, "--out_dir", "run", "--max_steps", 1, *SMALL)
+    command(script, "export", "--out_dir", "run", "--to", "exported")
+    Server.files = {f"/some/model/resolve/main/{path.name}": path.read_bytes()
+                    for path in Path("exported").iterdir()}
+    monkeypatch.setenv("HF_ENDPOINT", server)
+    capsys.readouterr()
+    command(script, "eval", "--init_from", "some/model", "--data", stories)
+    fetched = json.loads(capsys.readouterr().out.splitlines()[-1])
+    command(script, "eval", "--init_from", "exported", "--data", stories)
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == fetched
+    assert "check the spelling" in mistake(script, capsys, "eval", "--init_from", "some/modle")
+
+
+def test_models_and_folders_that_are_something_else(script, stories, capsys):
+    command(script, "--data", stories, "--out_dir", "run", "--max_steps", 1, *SMALL)
+    command(script, "export", "--out_dir", "run", "--to", "exported")
+    capsys.readouterr()
+    config = json.loads(Path("exported/config.json").read_text())
+    for settings, problem in (
+        ({"model_type": "llama"}, f"not a model that {script.NAME}.py can be"),
+        (config | {"vocab_size": 401}, "instead of"),
+        (config | {"vocab_size": None}, f"not a model that {script.NAME}.py can be"),
+    ):
+        Path("exported/config.json").write_text(json.dumps(settings))
+        assert problem in mistake(script, capsys, "eval", "--init_from", "exported")
+    assert "with --to" in mistake(script, capsys, "export", "--out_dir", "run")
+    variant = {"gpt": ["--pos", "rotary"], "bert": ["--norm", "pre"]}.get(script.NAME)
+    if variant:
+        command(script, "--data", stories, "--out_dir", "odd", "--max_steps", 1, *SMALL, *variant)
+        assert "transformers has no class for this variant" in mistake(
+            script, capsys, "export", "--out_dir", "odd", "--to", "nowhere")
+        assert not Path("nowhere").exists()
+
+
+# --------------------------------------------------------------------------------------------------
 # The command line
 # --------------------------------------------------------------------------------------------------
 
@@ -2674,7 +2863,7 @@ def drifted(sources: dict[str, str]) -> list[str]:
     for name, source in sources.items():
         lines = source.splitlines(keepends=True)
         texts[name] = {}
-        rooms = re.search(r"^# -+\n# 7\. Training.*?(?=^@)", source, re.MULTILINE | re.DOTALL)
+        rooms = re.search(r"^# -+\n# 8\. Training.*?(?=^@)", source, re.MULTILINE | re.DOTALL)
         texts[name]["the heading of the training room"] = rooms[0]
         beyond = source[: rooms.end()].count("\n")
         end = beyond
@@ -2701,7 +2890,7 @@ def test_a_change_in_one_copy_is_a_drift():
     """Whichever twin is changed by one character, in whichever file: its name is reported."""
     sources = {name: (ROOT / name).read_text(encoding="utf-8") for name in MODEL_FILES}
     for name, source in sources.items():
-        begin = source.index("# 7. Training")
+        begin = source.index("# 8. Training")
         places = {label: re.search(rf"^(def |class )?{label}\b", source, re.MULTILINE).end()
                   for label in (*TWINS, "update", "Muon") if name in TWINS.get(label, MODEL_FILES)}
         places |= {f"a draw from the last rooms {i}": at for i, at in enumerate(
