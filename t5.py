@@ -893,12 +893,12 @@ class GenerateConfig:
 
 def encode_prompt(prompt: str, tokenizer) -> list[int]:
     """The prompt and </s> as ids. Tokens begin with the space before a word, so a space in front of
-    a sentinel belongs to what is missing. Raises ValueError where there are not gaps, each once."""
+    a sentinel belongs to what is missing. Raises ValueError for gaps that are not there in order."""
     parts = re.split(r" ?(<extra_id_\d+>)", prompt)
     names = parts[1::2]
-    if sorted(names) != sorted(SENTINELS[: len(names)]) or not names:
+    if sorted(names) != sorted(SENTINELS[: len(names)]):
         raise ValueError(
-            "the prompt has to have gaps, numbered from 0 on, each number once: "
+            "a prompt's gaps have to be numbered from 0 on, each number once: "
             '"The <extra_id_0> sat on the <extra_id_1>."'
         )
     ids = []
@@ -921,9 +921,10 @@ def gap_contents(target: list[int], sentinels, eos_id: int) -> dict[int, list[in
 
 
 def write_samples(model: T5, checkpoint: dict, options: GenerateConfig) -> None:
-    """What `generate` prints on standard output: the prompt with its gaps filled."""
+    """What `generate` prints on standard output: the prompt with its gaps filled, or to a prompt
+    without gaps (for models that were trained to answer) the target as it stands."""
     tokenizer, config = checkpoint["tokenizer"], model.config
-    ids = encode_prompt(options.prompt, tokenizer)
+    ids, sentinels = encode_prompt(options.prompt, tokenizer), set(sentinel_ids(tokenizer).tolist())
     src = torch.tensor([ids] * options.num_samples, device=next(model.parameters()).device)
     targets = model.generate(
         src, options.max_new_tokens, options.temperature, options.top_k or None, options.top_p,
@@ -931,9 +932,12 @@ def write_samples(model: T5, checkpoint: dict, options: GenerateConfig) -> None:
     )
     texts = []
     for target in targets.tolist():
-        contents = gap_contents(target, sentinel_ids(tokenizer), config.eos_id)
-        filled = sum((contents.get(token, [token]) for token in ids[:-1]), [])
-        texts.append(tokenizer.decode(filled))
+        if sentinels.isdisjoint(ids):
+            text = [token for token in target if token not in (config.pad_id, config.eos_id)]
+        else:
+            contents = gap_contents(target, sentinels, config.eos_id)
+            text = sum((contents.get(token, [token]) for token in ids[:-1]), [])
+        texts.append(tokenizer.decode(text))
     print("\n\n".join(texts))
 
 
