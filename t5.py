@@ -23,8 +23,8 @@ how far apart two tokens are. Norms only scale, and no layer has a bias of its o
 
 The lesson of this file is how source and target find each other: see `T5.init_attention`. It reads
 from top to bottom: 2 the configuration, 3 layers, 4 the model, 5 the objective, 6 generation,
-7 published weights, 8 training, 9 the command line. Copied alone into a project, this file still gives
-`from t5 import T5, T5Config`; to train, it needs bpe.py (the tokenizer) and data.py (files,
+7 published weights, 8 training, 9 the command line. Copied alone into a project, this file still
+gives `from t5 import T5, T5Config`; to train, it needs bpe.py (the tokenizer) and data.py (files,
 downloads, the log) beside it. To learn, change things: `--mean_span 1` (is that easier?),
 `--corruption bernoulli`, `--n_decoder_layer 1`, `--act gated-gelu --tie false` (version 1.1).
 
