@@ -882,6 +882,23 @@ def _check_fit(folder, found: dict, targets: dict) -> None:
         raise ValueError(problems[0] + more)
 
 
+def unfilled():
+    """A context in which new weights get no random numbers: those read from a file follow.
+
+    It saves the time, and memory: pages that nobody has written to take none.
+    """
+    import torch
+
+    class Unfilled(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, arguments=(), options=None):
+            options = options or {}
+            if function.__name__ in ("normal_", "uniform_", "kaiming_uniform_"):
+                return options["tensor"] if "tensor" in options else arguments[0]
+            return function(*arguments, **options)
+
+    return Unfilled()
+
+
 def save_weights(folder, tensors: dict) -> None:
     """Write FOLDER/model.safetensors, which `safetensors` and `transformers` open.
 

@@ -1144,7 +1144,8 @@ def from_pretrained(name_or_folder) -> Model:
         kind = found.get("model_type", "unknown")
         raise ValueError(
             f"{folder}: not a model that {NAME}.py can be (its type is {kind}): {error}") from None
-    model = Model(config)
+    with data.unfilled():
+        model = Model(config)
     data.load_weights(folder, published_weights(model), published_name, PASSED_OVER)
     return model.eval()
 
