@@ -467,8 +467,8 @@ class T5(nn.Module):
 
         Where tgt is -100 nothing is asked. src_mask (B, S) bool: see `encode`.
         """
-        before = F.pad(tgt.clamp(min=0), (1, 0))[:, :-1]
-        before = before.masked_fill(F.pad(tgt, (1, 0), value=-100)[:, :-1] < 0, self.config.pad_id)
+        before = F.pad(tgt, (1, 0), value=-100)[:, :-1]  # what stands before each token
+        before = before.masked_fill(before < 0, self.config.pad_id)
         logits = self.decode(
             before, self.decoder.distance_bias(tgt.size(1), tgt.size(1)),
             self.remember(self.encode(src, src_mask)),
