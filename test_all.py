@@ -11,6 +11,7 @@ import functools
 import gzip
 import hashlib
 import http.server
+import importlib
 import io
 import itertools
 import json
@@ -1782,8 +1783,8 @@ def test_distances_fall_into_the_published_buckets(both_sides, n_buckets, max_di
     assert found == [
         exact_bucket(d, both_sides, n_buckets, max_distance) for d in distances.tolist()]
     with contextlib.suppress(ImportError):
-        from transformers.models.t5.modeling_t5 import T5Attention
-        published = T5Attention._relative_position_bucket(
+        modeling = importlib.import_module("transformers.models.t5.modeling_t5")
+        published = modeling.T5Attention._relative_position_bucket(
             distances, both_sides, n_buckets, max_distance)
         assert found == published.tolist()
 
@@ -2508,9 +2509,11 @@ def test_eval_counts_every_token_once_and_no_special_bytes(stories):
 def test_a_stopped_run_goes_on_as_if_nothing_had_happened(script, stories, own_cache):
     """Killed at once (SIGKILL), and asked to stop (Ctrl-C): both end bit for bit like the
     uninterrupted run."""
-    common = ["--data", stories, "--max_steps", "60", "--dtype", "float32", *SMALL]
+    common = ["--data", stories, "--max_steps", "60", "--dtype", "float32", *SMALL,
+              "--eval_interval", "9"]
     command(script, *common, "--out_dir", "whole")
-    for how, status, after in ((signal.SIGKILL, -9, 13), (signal.SIGINT, 130, 21)):
+    stops = ((signal.SIGKILL, -9, 13), (signal.SIGINT, 130, 21))
+    for how, status, after in stops if script is gpt else stops[:1]:  # (twins, so once will do)
         folder = how.name
         started = subprocess.Popen([sys.executable, script.__file__, *common, "--out_dir", folder],
                                    stderr=subprocess.PIPE, text=True)
@@ -2535,7 +2538,8 @@ def test_a_resumed_run_follows_the_flags_as_they_are_now(script, stories, capsys
             "--lr", 0.5, "--matrix_lr", 0)
     checkpoint = torch.load("run/ckpt.pt", weights_only=True)
     assert checkpoint["step"] == 12
-    assert {group["highest_lr"] for group in checkpoint["optimizer"]["param_groups"]} == {0.5, 0}
+    rates = {group["highest_lr"] for group in checkpoint["optimizer"]["param_groups"]}
+    assert rates == ({0.5, 0, 5.0} if script is t5 else {0.5, 0})  # its embeddings ask for more
     settings = json.loads(Path("run/run.json").read_text())
     assert settings["lr"] == 0.5 and settings["n_ff"] is None
 
@@ -2581,7 +2585,7 @@ def test_float16_leaves_the_weights_where_a_gradient_overflows():
     assert scaler.get_scale() == 2.0**119
 
 
-def test_a_run_that_comes_apart_is_stopped(script, stories, capsys):
+def test_a_run_that_comes_apart_is_stopped(stories, capsys, script=gpt):
     command(script, "--data", stories, "--out_dir", "run", "--max_steps", 40, *SMALL,
             "--lr", 1e30, status=2)
     lines = capsys.readouterr().err.splitlines()
@@ -2591,9 +2595,9 @@ def test_a_run_that_comes_apart_is_stopped(script, stories, capsys):
 
 
 @pytest.mark.parametrize("script, flags", [
-    (gpt, []),
+    (gpt, ["--max_steps", 250]),
     (bert, ["--n_embd", 64, "--batch_size", 32, "--max_steps", 300]),
-    (t5, ["--n_embd", 64, "--batch_size", 32, "--max_steps", 300]),
+    (t5, ["--n_embd", 64, "--batch_size", 16, "--max_steps", 150]),
 ], ids=["gpt", "bert", "t5"])
 def test_it_learns(script, flags, stories, capsys):
     """Two layers get well below what the frequencies of the tokens alone would give."""
@@ -2723,8 +2727,9 @@ def test_mistakes_get_one_line(script, stories, capsys, own_cache):
         script, capsys, "--init_from", "resume")
     assert "there is no checkpoint" in mistake(script, capsys, "generate")
     command(script, "--data", stories, "--max_steps", 1, *SMALL)
-    assert "the prompt has" in mistake(
-        script, capsys, "generate", "--prompt", "word " * 40 + "[MASK]")
+    if script is not t5:  # (its prompts can have any length)
+        assert "the prompt has" in mistake(
+            script, capsys, "generate", "--prompt", "word " * 40 + "[MASK]")
     if not torch.cuda.is_available():
         assert "sees no cuda device" in mistake(
             script, capsys, "--device", "cuda", "--data", stories)
@@ -2776,7 +2781,7 @@ def test_mistakes_of_one_model(stories, capsys):
     assert "the prompt has no [MASK]" in mistake(bert, capsys, "generate", "--prompt", "A cat.")
 
 
-def test_foreign_and_truncated_checkpoints(script, stories, capsys):
+def test_foreign_and_truncated_checkpoints(stories, capsys, script=gpt):
     command(script, "--data", stories, "--out_dir", "run", "--max_steps", 2, *SMALL)
     good = Path("run/ckpt.pt").read_bytes()
     capsys.readouterr()
@@ -2802,7 +2807,7 @@ def test_foreign_and_truncated_checkpoints(script, stories, capsys):
         script, capsys, "--init_from", "resume", "--out_dir", "run", "--n_layer", 9)
 
 
-def test_a_full_disk_leaves_the_old_checkpoint(script, stories, capsys):
+def test_a_full_disk_leaves_the_old_checkpoint(stories, capsys, script=gpt):
     """A limit on the size of files stands for the disk that is full."""
     command(script, "--data", stories, "--out_dir", "run", "--max_steps", 2, *SMALL)
     before = {path.name: path.read_bytes() for path in Path("run").iterdir()}
@@ -2944,9 +2949,9 @@ def test_a_change_in_one_copy_is_a_drift():
         places = {label: re.search(rf"^(def |class )?{label}\b", source, re.MULTILINE).end()
                   for label in (*TWINS, "update", "Muon") if name in TWINS.get(label, MODEL_FILES)}
         places |= {f"a draw from the last rooms {i}": at for i, at in enumerate(
-            random.Random(0).sample(range(begin, len(source.rstrip())), 60))
+            random.Random(0).sample(range(begin, len(source.rstrip())), 24))
             if source[at] in "0123456789abcdefghijklmnopqrstuvwxyz"}
-        assert len(places) > 30
+        assert len(places) > 12
         for label, at in places.items():
             other = "x" if source[at] != "x" else "y"
             changed = source[:at] + other + source[at + 1 :]
