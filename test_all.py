@@ -2509,10 +2509,10 @@ def test_eval_counts_every_token_once_and_no_special_bytes(stories):
 def test_a_stopped_run_goes_on_as_if_nothing_had_happened(script, stories, own_cache):
     """Killed at once (SIGKILL), and asked to stop (Ctrl-C): both end bit for bit like the
     uninterrupted run."""
-    common = ["--data", stories, "--max_steps", "60", "--dtype", "float32", *SMALL,
+    common = ["--data", stories, "--max_steps", "36", "--dtype", "float32", *SMALL,
               "--eval_interval", "9"]
     command(script, *common, "--out_dir", "whole")
-    stops = ((signal.SIGKILL, -9, 13), (signal.SIGINT, 130, 21))
+    stops = ((signal.SIGKILL, -9, 9), (signal.SIGINT, 130, 15))
     for how, status, after in stops if script is gpt else stops[:1]:  # (twins, so once will do)
         folder = how.name
         started = subprocess.Popen([sys.executable, script.__file__, *common, "--out_dir", folder],
@@ -2525,7 +2525,7 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(script, stories, own_c
         assert started.wait() == status
         if how == signal.SIGINT:
             assert f"python {script.NAME}.py --init_from resume --out_dir {folder}" in rest
-        assert torch.load(f"{folder}/ckpt.pt", weights_only=True)["step"] < 60
+        assert torch.load(f"{folder}/ckpt.pt", weights_only=True)["step"] < 36
         command(script, "--init_from", "resume", "--out_dir", folder)
         assert_same_run("whole", folder)
 
@@ -2719,7 +2719,8 @@ def test_mistakes_get_one_line(script, stories, capsys, own_cache):
     assert f"set --vocab_size {least} or more" in mistake(
         script, capsys, "--data", stories, "--vocab_size", 200)
     assert "no data at nowhere.txt" in mistake(script, capsys, "--data", "nowhere.txt")
-    for short in ("A short text.", "A", END, f"{END}\n{END}\n", f"One.\n{END}\n"):
+    shorts = ["A", END, "A short text.", f"{END}\n{END}\n", f"One.\n{END}\n"]
+    for short in shorts if script is gpt else shorts[:2]:
         Path("short.txt").write_text(short)
         assert "give more text or a smaller --block_size" in mistake(
             script, capsys, "--data", "short.txt")
@@ -2949,9 +2950,9 @@ def test_a_change_in_one_copy_is_a_drift():
         places = {label: re.search(rf"^(def |class )?{label}\b", source, re.MULTILINE).end()
                   for label in (*TWINS, "update", "Muon") if name in TWINS.get(label, MODEL_FILES)}
         places |= {f"a draw from the last rooms {i}": at for i, at in enumerate(
-            random.Random(0).sample(range(begin, len(source.rstrip())), 24))
+            random.Random(0).sample(range(begin, len(source.rstrip())), 12))
             if source[at] in "0123456789abcdefghijklmnopqrstuvwxyz"}
-        assert len(places) > 12
+        assert len(places) > 10
         for label, at in places.items():
             other = "x" if source[at] != "x" else "y"
             changed = source[:at] + other + source[at + 1 :]
