@@ -2596,7 +2596,7 @@ def test_a_run_that_comes_apart_is_stopped(stories, capsys, script=gpt):
 
 @pytest.mark.parametrize("script, flags", [
     (gpt, ["--max_steps", 250]),
-    (bert, ["--n_embd", 64, "--batch_size", 32, "--max_steps", 300]),
+    (bert, ["--n_embd", 64, "--batch_size", 32, "--max_steps", 260]),
     (t5, ["--n_embd", 64, "--batch_size", 16, "--max_steps", 150]),
 ], ids=["gpt", "bert", "t5"])
 def test_it_learns(script, flags, stories, capsys):
@@ -2657,7 +2657,7 @@ def test_an_exported_run_is_opened_by_transformers_and_by_us(script, stories, ca
     assert (pair[0] - pair[1]).abs().max() < 1e-9
 
 
-def test_a_model_is_fetched_by_its_name(server, script, stories, monkeypatch, capsys):
+def test_a_model_is_fetched_by_its_name(server, stories, monkeypatch, capsys, script=gpt):
     command(script, "--data", stories, "--out_dir", "run", "--max_steps", 1, *SMALL)
     command(script, "export", "--out_dir", "run", "--to", "exported")
     Server.files = {f"/some/model/resolve/main/{path.name}": path.read_bytes()
@@ -2850,6 +2850,8 @@ def test_the_file_alone(name, code, own_cache):
                           capture_output=True, text=True, env=environment)
     assert done.stdout == {
         "gpt": "(2, 29)\n", "bert": "(2, 9, 50)\n", "t5": "(2, 1)\n"}[name], done.stderr
+    if name != "gpt":  # (twins)
+        return
     done = subprocess.run([sys.executable, f"{name}.py"], cwd=folder,
                           capture_output=True, text=True, env=environment)
     assert (done.returncode == 2
