@@ -1198,6 +1198,8 @@ def parse_command(name: str, commands: dict, presets: dict, arguments: list[str]
         raise ValueError(f"there is no preset {preset}: the presets are {', '.join(presets)}")
     given = ((presets[preset] if preset else {})
              | (read_settings(config, classes) if config else {}) | given)
+    if "n_layer" in given and "n_decoder_layer" in settings:
+        settings["n_decoder_layer"] = None  # the default preset's goes with its own n_layer alone
     return command, settings | given, given
 
 

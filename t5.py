@@ -342,6 +342,7 @@ class RMSNorm(nn.RMSNorm):
 
 
 def make_norm(config: T5Config):
+    """The norm before each sublayer, and after the last block."""
     return RMSNorm(config.n_embd, eps=1e-6)
 
 
@@ -893,7 +894,7 @@ class GenerateConfig:
 
 def encode_prompt(prompt: str, tokenizer) -> list[int]:
     """The prompt and </s> as ids. Tokens begin with the space before a word, so a space in front of
-    a sentinel belongs to what is missing. Raises ValueError for gaps that are not there in order."""
+    a sentinel belongs to what is missing. Raises ValueError for gaps with other numbers."""
     parts = re.split(r" ?(<extra_id_\d+>)", prompt)
     names = parts[1::2]
     if sorted(names) != sorted(SENTINELS[: len(names)]):
@@ -923,8 +924,12 @@ def gap_contents(target: list[int], sentinels, eos_id: int) -> dict[int, list[in
 def write_samples(model: T5, checkpoint: dict, options: GenerateConfig) -> None:
     """What `generate` prints on standard output: the prompt with its gaps filled, or to a prompt
     without gaps (for models that were trained to answer) the target as it stands."""
+    from data import say
+
     tokenizer, config = checkpoint["tokenizer"], model.config
     ids, sentinels = encode_prompt(options.prompt, tokenizer), set(sentinel_ids(tokenizer).tolist())
+    if sentinels.isdisjoint(ids):
+        say("the prompt has no gap like <extra_id_0>: this is the model's answer to it")
     src = torch.tensor([ids] * options.num_samples, device=next(model.parameters()).device)
     targets = model.generate(
         src, options.max_new_tokens, options.temperature, options.top_k or None, options.top_p,

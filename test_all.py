@@ -1394,12 +1394,16 @@ def test_logits_equal_those_of_transformers():
 BERT_TINY = dict(vocab_size=60, block_size=20, n_layer=2, n_head=2, n_embd=16)
 
 
-def random_bert(**variant):
-    """A model in float64 all of whose weights are random (as it starts, blocks pass x on as is)."""
-    model = bert.BERT(bert.BERTConfig(**{**BERT_TINY, **variant})).double().eval()
+def randomised(model, std: float):
+    """The model in float64 with all its weights random (as they start, blocks of a BERT pass on
+    what they get, and the weights of a norm are one)."""
     for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.3)
-    return model
+        torch.nn.init.normal_(p, std=std)
+    return model.double().eval()
+
+
+def random_bert(**variant):
+    return randomised(bert.BERT(bert.BERTConfig(**{**BERT_TINY, **variant})), std=0.3)
 
 
 @pytest.mark.parametrize("variant", [
@@ -1700,11 +1704,7 @@ T5_TINY = dict(vocab_size=60, n_layer=2, n_head=2, n_embd=16, n_buckets=8, max_d
 
 
 def random_t5(**variant):
-    """A model in float64 all of whose weights are random (as it starts, blocks pass x on as is)."""
-    model = t5.T5(t5.T5Config(**{**T5_TINY, **variant})).double().eval()
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.4)
-    return model
+    return randomised(t5.T5(t5.T5Config(**{**T5_TINY, **variant})), std=0.4)
 
 
 @pytest.mark.parametrize("variant", [
@@ -2748,6 +2748,29 @@ def test_mistakes_get_one_line(script, stories, capsys, own_cache):
     Path("file").write_text("")
     assert "cannot write" in mistake(
         script, capsys, "--data", stories, "--out_dir", "file/run", *SMALL)
+
+
+def test_a_preset_s_decoder_is_as_deep_as_published():
+    """The default preset has a deeper decoder; that goes with its own n_layer, and no other."""
+    presets = {name: t5.PRESETS[name] | t5.RECIPES.get(name, {}) for name in t5.PRESETS}
+
+    def model(*arguments):
+        _, settings, _ = data.parse_command("t5", t5.COMMANDS, presets, list(arguments))
+        with torch.device("meta"):
+            return t5.T5(data.build(t5.T5Config, settings))
+
+    def depths(*arguments):
+        made = model(*arguments)
+        return len(made.encoder.blocks), len(made.decoder.blocks)
+
+    assert depths() == depths("--vocab_size", "2048") == (2, 3)
+    assert depths("bench", "--n_layer", "4") == (4, 4)
+    assert depths("--n_layer", "4", "--n_decoder_layer", "1") == (4, 1)
+    assert depths("--n_decoder_layer", "1") == (2, 1)
+    for name, millions in (("t5-small", 60.5), ("t5-base", 222.9), ("t5-large", 737.7),
+                           ("t5-v1_1-small", 77.0), ("t5-v1_1-base", 247.6)):
+        weights = sum(p.numel() for p in model("--preset", name).parameters())
+        assert weights / 1e6 == pytest.approx(millions, abs=0.06), name
 
 
 def test_mistakes_of_one_model(stories, capsys):
