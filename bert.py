@@ -42,7 +42,7 @@ import os
 import statistics
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -375,9 +375,9 @@ class BERT(nn.Module):
 
     def classify(self, idx, segments=None, mask=None):
         """idx (B, T) int64 -> scores of the labels (B, n_labels). Arguments: see `encode`."""
-        return self.label_head(F.dropout(
-            self.pool(self.encode(idx, segments, mask)[:, 0]), self.config.dropout, self.training
-        ))
+        first = torch.arange(len(idx), device=idx.device) * idx.size(1)  # (B,): [CLS]'s places
+        whole = self.pool(self.encode(idx, segments, mask, first))  # (B, C)
+        return self.label_head(F.dropout(whole, self.config.dropout, self.training))
 
     def loss(self, idx, segments, mask, mlm_labels, nsp_labels=None):
         """The paper's loss: the mean over hidden tokens + the mean over pairs (A.2).
@@ -628,8 +628,14 @@ def loss_sum(model: BERT, batch: dict):
 
     Each pair's loss counts as often as the row has hidden tokens, so that sum / weight is the
     paper's mean over tokens + mean over pairs, and parts of a batch can still be added up. A
-    metric is a pair of sums, a numerator and a denominator.
+    metric is a pair of sums, a numerator and a denominator. With `labels` (B,), of fine-tuning, it
+    is the labels' loss, and the weight the number of texts.
     """
+    if "labels" in batch:
+        scores = model.classify(batch["idx"], batch["segments"], batch.get("mask"))
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        loss = F.cross_entropy(scores, batch["labels"], reduction="sum")
+        return loss, batch["labels"].new_tensor(len(scores)), {}
     labels = batch["mlm_labels"].flatten()  # (B * T,)
     at = (labels != -100).nonzero()[:, 0]  # (N,)
     mlm_logits, nsp_logits = model(batch["idx"], batch["segments"], batch.get("mask"), at)
@@ -672,8 +678,9 @@ def count_flops(model: BERT, batch: dict) -> float:
 class GenerateConfig:
     """What to fill."""
 
-    prompt: str = "The cat sat on the [MASK]."  # a text in which [MASK] stands for a hidden token
-    top_k: int = 5  # how many candidates to show for each
+    prompt: str = ""  # a text with [MASK] for hidden tokens; of a fine-tuned model, one to label
+    prompt_b: str = ""  # the second text, for a model that was fine-tuned on pairs
+    top_k: int = 5  # how many candidates, or labels, to show
 
     def __post_init__(self):
         if self.top_k < 1:
@@ -716,9 +723,20 @@ def encode_prompt(prompt: str, tokenizer, block_size: int) -> list[int]:
 
 
 def write_samples(model: BERT, checkpoint: dict, options: GenerateConfig) -> None:
-    """What `generate` prints on standard output: a table of candidates, then the text filled."""
+    """What `generate` prints on standard output: a table of candidates, then the text filled; of a
+    fine-tuned model, the likeliest labels of the prompt, or of each text that is typed."""
+    from data import prompts
+
     tokenizer = checkpoint["tokenizer"]
-    ids = encode_prompt(options.prompt, tokenizer, model.config.block_size)
+    if checkpoint["task"]:
+        task = Task(**checkpoint["task"])
+        for prompt in prompts(options.prompt):
+            found = task.label(model, tokenizer, prompt, options.prompt_b)[: options.top_k]
+            width = max(len(label) for label, _ in found)
+            print("\n".join(f"{label:<{width}} {100 * share:5.1f} %" for label, share in found))
+        return
+    prompt = options.prompt or "The cat sat on the [MASK]."
+    ids = encode_prompt(prompt, tokenizer, model.config.block_size)
     idx = torch.tensor(ids, device=next(model.parameters()).device)
     mask_id = tokenizer.special["[MASK]"]
     _, probability = guess(model, idx, mask_id)
@@ -842,7 +860,169 @@ def from_published(found: dict, names: set[str]) -> BERTConfig:
 
 
 # --------------------------------------------------------------------------------------------------
-# 8. Training: from here on the three model files are the same, letter by letter
+# 8. Fine-tuning: label a text
+# --------------------------------------------------------------------------------------------------
+
+FINETUNING = {  # settings that go with a model's size
+    "laptop": dict(
+        epochs=36.0, batch_size=32, lr=0.003, matrix_lr=0.01, log_interval=50, eval_interval=150,
+        mask_prob=0.15, head_std=1.0,
+    ),
+    "published": dict(batch_size=16, optimizer="adamw", lr=3e-5, warmup_steps=50),
+}
+
+
+@dataclass
+class Task:
+    """Label a text, or a pair of texts: what [CLS] has gathered goes to a new head, which has a
+    score for each label (Devlin, 4.1). All weights learn, not the head's alone."""
+
+    mask_prob: float = 0.0  # share of a text's tokens that become [MASK] in training
+    head_std: float = 0.02  # std of the new head's first weights: see `prepare`
+    labels: list = field(default_factory=list, metadata=dict(flag=False))  # of the examples
+
+    columns, optional = ("text", "label"), ("text_b",)
+
+    @staticmethod
+    def demonstration(story: dict) -> dict:
+        """A story without its header -> its topic, one of eight."""
+        return dict(text=story["text"], label=story["topic"])
+
+    def fit(self, config: Config, parts: dict) -> Config:
+        """The architecture with a head for the labels, which are those that the examples have."""
+        from data import say
+
+        learned, asked = ({row["label"] for row in parts[part]} for part in ("train", "validation"))
+        self.labels = self.labels or sorted(learned | asked)
+        if len(self.labels) < 2:
+            raise ValueError(f"all examples have the label {self.labels[0]!r}: it takes two")
+        if asked - learned:
+            say(f"only in the held-out examples, so nobody can learn it: {sorted(asked - learned)}")
+        return replace(config, n_labels=len(self.labels))
+
+    def encode(self, row: dict, tokenizer, config: Config) -> dict:
+        """A row as the tokens of its texts (one or two lists) and the number of its label."""
+        if row["label"] not in self.labels:
+            raise ValueError(f"{row['place']}: the label {row['label']!r} is none of "
+                             f"{', '.join(self.labels)}")
+        texts = [tokenizer.encode(row[name]) for name in ("text", "text_b") if name in row]
+        rooms = self.rooms(texts, config.block_size)
+        return dict(
+            texts=texts, rooms=rooms, label=self.labels.index(row["label"]),
+            length=1 + sum(rooms) + len(rooms), cropped=rooms != list(map(len, texts)))
+
+    @staticmethod
+    def rooms(texts: list[list[int]], block_size: int) -> list[int]:
+        """How many tokens of each text are taken: all, or as many as fit beside [CLS] and a [SEP]
+        behind each. Of two texts the longer gives way."""
+        room = block_size - 1 - len(texts)
+        lengths = [min(len(text), room) for text in texts]
+        if sum(lengths) > room:
+            short = min(*lengths, room // 2)
+            lengths = [short, room - short] if lengths[0] < lengths[1] else [room - short, short]
+        return lengths
+
+    def collate(self, examples: list[dict], tokenizer, generator=None) -> dict:
+        """-> a batch: idx, segments (B, T), labels (B,), and where something is padded mask.
+
+        A text that does not fit is cropped: to its beginning, or for training, with a generator, to
+        a window at random, so that in time all of it is learned from. Then mask_prob of its tokens
+        become [MASK], too: no single word can be relied on.
+        """
+        from data import pad
+
+        start, stop, hidden, padding = (
+            tokenizer.special[name] for name in ("[CLS]", "[SEP]", "[MASK]", "[PAD]"))
+        idx, segments = [], []
+        for example in examples:
+            row = [start]
+            for text, room in zip(example["texts"], example["rooms"]):
+                begin = generator.integers(len(text) - room + 1) if generator else 0
+                window = np.array(text[begin : begin + room], np.int64)
+                if generator:
+                    window[generator.random(room) < self.mask_prob] = hidden
+                row += [*window.tolist(), stop]
+            idx.append(row)
+            segments.append([0] * (example["rooms"][0] + 2) + [1] * (
+                len(row) - example["rooms"][0] - 2))
+        real = pad([[1] * len(row) for row in idx], 0) == 1
+        arrays = dict(idx=pad(idx, padding), segments=pad(segments, 0))
+        arrays["labels"] = np.array([example["label"] for example in examples])
+        arrays |= {} if real.all() else {"mask": real}
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+    def score(self, model: BERT, examples, groups) -> tuple[dict, str]:
+        """Accuracy, and the mean of the labels' F1 (macro F1), of which each counts as much however
+        rare it is; the table of who is taken for whom."""
+        n, device = len(self.labels), next(model.parameters()).device
+        confusion = np.zeros((n, n), np.int64)  # [truth, guess]
+        for group in groups:
+            batch = {k: v.to(device) for k, v in examples.batch(group).items()}
+            with torch.no_grad():
+                scores = model.classify(batch["idx"], batch["segments"], batch.get("mask"))
+            truth, guess = batch["labels"].tolist(), scores.argmax(dim=-1).tolist()
+            np.add.at(confusion, (truth, guess), 1)
+        return self.measures(confusion), self.table(confusion)
+
+    @staticmethod
+    def measures(confusion) -> dict[str, float]:
+        """accuracy and macro_f1 from counts [truth, guess], (n, n) int64. A label's F1 is the
+        harmonic mean of precision and recall, 2 right / (times it is true + times it is guessed);
+        one that is neither has none."""
+        right, either = confusion.diagonal(), confusion.sum(axis=0) + confusion.sum(axis=1)
+        f1 = 2 * right[either > 0] / either[either > 0]
+        return dict(accuracy=right.sum() / confusion.sum(), macro_f1=f1.mean())
+
+    def table(self, confusion) -> str:
+        """A line for each label that texts have, a column for each that was guessed."""
+        width = max(map(len, (*self.labels, "guessed:", str(confusion.max())))) + 1
+        rows = [["guessed:", *self.labels], *([label, *counts] for label, counts in zip(
+            self.labels, confusion.tolist()))]
+        return "\n".join("".join(f"{cell or '.':>{width}}" for cell in row) for row in rows)
+
+    def prepare(self, model: BERT, n: int) -> list[nn.Module]:
+        """Begin the new head; returns what is not to change: with --freeze n the embeddings and the
+        lowest n blocks, and always the heads of pretraining, which nothing asks any more.
+
+        A small model's [CLS] knows little of what a text is about, and a head that begins near zero
+        asks it for nothing: it takes 300 steps before anything is learned. Scores that are large
+        from the start, if at random, have to be put right by the layers below, at once.
+        """
+        nn.init.normal_(model.label_head.weight, std=self.head_std)
+        if n > len(model.blocks):
+            raise ValueError(f"--freeze {n}: the model has {len(model.blocks)} layers")
+        idle = [model.transform, model.transform_norm, model.head]
+        idle += [model.pair_head] if model.config.nsp else []
+        embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+        return idle + ([*embeddings, *model.blocks[:n]] if n else [])
+
+    def label(self, model: BERT, tokenizer, text: str, text_b: str = "") -> list[tuple[str, float]]:
+        """The labels with their probabilities, the likeliest first."""
+        row = dict(text=text, label=self.labels[0]) | ({"text_b": text_b} if text_b else {})
+        batch = self.collate([self.encode(row, tokenizer, model.config)], tokenizer)
+        idx, segments = (batch[name].to(next(model.parameters()).device) for name in (
+            "idx", "segments"))
+        with torch.no_grad():
+            probability = F.softmax(model.classify(idx, segments).float(), dim=-1)[0].tolist()
+        return sorted(zip(self.labels, probability), key=lambda pair: -pair[1])
+
+    def demonstrate(self, model: BERT, examples, length: int) -> str:
+        """Some held-out texts, what the model takes them for, and what they are."""
+        lines = []
+        for row in examples.rows[:3]:
+            best, share = self.label(
+                model, examples.tokenizer, row["text"], row.get("text_b", ""))[0]
+            text = " ".join(row["text"].split())
+            text = text if len(text) < length else text[:length].rpartition(" ")[0] + " ..."
+            truth = "right" if best == row["label"] else f"it is {row['label']}"
+            lines.append(f"{text}\n    -> {best} ({share:.0%}; {truth})")
+        return "\n".join(lines)
+
+
+OWN_COMMANDS = {}  # that the other two do not have
+
+# --------------------------------------------------------------------------------------------------
+# 9. Training: from here on the three model files are the same, letter by letter
 # --------------------------------------------------------------------------------------------------
 
 
@@ -875,17 +1055,17 @@ class TrainConfig(RunConfig):
     schedule: Literal["linear", "cosine"] = "linear"  # how it falls to zero afterwards
     grad_clip: float = 1.0  # largest norm of the gradient; longer ones are scaled down (0: never)
     log_interval: int = 10  # steps between two lines of the log
-    eval_interval: int = 100  # steps between two evaluations, each with a checkpoint
+    eval_interval: int = 100  # steps between two evaluations, each with a checkpoint (0: epoch)
     snapshot_interval: int = 0  # steps between two checkpoints that are kept for good (0: none)
     compile: bool = False  # torch.compile: pays on a GPU, in long runs
 
     def __post_init__(self):
-        for name in ("max_steps", "batch_size", "grad_accum", "log_interval", "eval_interval"):
+        for name in ("max_steps", "batch_size", "grad_accum", "log_interval"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} has to be at least 1")
         for name in (
             "seed", "epochs", "lr", "matrix_lr", "weight_decay",
-            "warmup_steps", "grad_clip", "snapshot_interval",
+            "warmup_steps", "grad_clip", "eval_interval", "snapshot_interval",
         ):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name} cannot be negative")
@@ -893,6 +1073,28 @@ class TrainConfig(RunConfig):
     @property
     def rows(self) -> int:
         return self.batch_size * self.grad_accum  # sequences per step
+
+
+@dataclass
+class FinetuneConfig(TrainConfig):
+    """Which model learns from which examples, and how much of it may change."""
+
+    out_dir: str = f"out/{NAME}-finetuned"  # folder of this run
+    init_from: str = f"out/{NAME}"  # a run, a checkpoint, a folder, a published model, or resume
+    data: str = ""  # a .csv or .jsonl file, or a folder of two (default: out of input.txt)
+    epochs: float = 3.0  # passes over the examples, unless max_steps is given
+    log_interval: int = 5  # steps between two lines of the log
+    eval_interval: int = 0  # steps between two evaluations, each with a checkpoint (0: an epoch)
+    freeze: int = 0  # so many of the lowest layers, and the embeddings, stay as they are
+    patience: int = 3  # stop after so many evaluations without a lower held-out loss (0: never)
+    dropout: float | None = None  # share of activations zeroed in training (default: the model's)
+    scratch: bool = False  # forget the weights: what is learned without pretraining?
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("freeze", "patience"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name} cannot be negative")
 
 
 def orthogonalize(matrices, steps: int = 5):
@@ -924,6 +1126,8 @@ class Muon(torch.optim.Optimizer):
         self.dtype = dtype  # of the Newton-Schulz products
         kinds = {}  # (kind, shape, size of its steps) -> parameters
         for name, p in model.named_parameters():
+            if not p.requires_grad:  # frozen
+                continue
             inner = p.ndim == 2 and not ("embedding" in name or "head" in name)
             if run.optimizer == "muon" and inner:
                 kind = "muon", (len(p) // getattr(p, "maps", 1), p.size(1))
@@ -1037,6 +1241,9 @@ class Trainer:
     had never been stopped, and a checkpoint has to hold no generator's state.
     """
 
+    unit = "loss per token"  # of the chart
+    task, worn_out = None, False  # see FineTuner
+
     def __init__(
         self, run: TrainConfig, config: Config, objective: ObjectiveConfig,
         checkpoint: dict | None = None,
@@ -1050,38 +1257,49 @@ class Trainer:
         self.dtype = data.choose_dtype(run.dtype, self.device)
         if self.device.type == "cpu":
             data.keep_freed_memory()
-        tokenizer = checkpoint["tokenizer"] if checkpoint else None
-        self.corpus = data.prepare(
-            run.data, config.vocab_size, SPECIAL_TOKENS, SEPARATOR, tokenizer
-        )
-        self.config = config if checkpoint else replace(
-            config, vocab_size=self.corpus.tokenizer.vocab_size)
-        self.objective = objective
-        epoch = rows_per_epoch(self.corpus, self.config, objective)
+        self.config, self.objective = config, objective
+        epoch = self.open_data(run, checkpoint)
         steps = max(math.ceil(run.epochs * epoch / run.rows), 1) if run.epochs else run.max_steps
         self.run = run = replace(
-            run, max_steps=steps, epochs=0.0, dtype=str(self.dtype).removeprefix("torch.")
+            run, max_steps=steps, epochs=0.0, dtype=str(self.dtype).removeprefix("torch."),
+            eval_interval=run.eval_interval or math.ceil(epoch / run.rows),
         )
 
         torch.manual_seed(run.seed)
         self.model = Model(self.config).to(self.device)
+        if checkpoint:
+            self.take_weights(run, checkpoint)
         self.optimizer = Muon(self.model, run, self.dtype)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.autocast = data.autocast_to(self.dtype, self.device)
         self.step, self.best = 0, math.inf
         self.pending = []  # loss and number of tokens of the steps since the last report
-        if checkpoint:
-            self.model.load_state_dict(checkpoint["model"])
-            if run.init_from == "resume":
-                self.step, self.best = checkpoint["step"], checkpoint["best_loss"]
-                self.pending = [
-                    (torch.tensor(loss, device=self.device), n) for loss, n in checkpoint["pending"]
-                ]
-                groups = self.optimizer.state_dict()["param_groups"]  # as the flags say now
-                self.optimizer.load_state_dict(checkpoint["optimizer"] | {"param_groups": groups})
-                self.scaler.load_state_dict(checkpoint["scaler"])
+        if run.init_from == "resume":
+            self.step, self.best = checkpoint["step"], checkpoint["best_loss"]
+            self.pending = [
+                (torch.tensor(loss, device=self.device), n) for loss, n in checkpoint["pending"]
+            ]
+            groups = self.optimizer.state_dict()["param_groups"]  # as the flags say now
+            self.optimizer.load_state_dict(checkpoint["optimizer"] | {"param_groups": groups})
+            self.scaler.load_state_dict(checkpoint["scaler"])
         self.compiled = torch.compile(self.model) if run.compile else self.model
         self.log = data.RunLog(self.out_dir, self.step if run.init_from == "resume" else None)
+
+    def open_data(self, run: TrainConfig, checkpoint: dict | None) -> int:
+        """Get what there is to learn from, and the tokenizer. Returns the rows of an epoch."""
+        import data
+
+        tokenizer = checkpoint["tokenizer"] if checkpoint else None
+        self.corpus = data.prepare(
+            run.data, self.config.vocab_size, SPECIAL_TOKENS, SEPARATOR, tokenizer
+        )
+        self.tokenizer = self.corpus.tokenizer
+        if not checkpoint:
+            self.config = replace(self.config, vocab_size=self.tokenizer.vocab_size)
+        return rows_per_epoch(self.corpus, self.config, self.objective)
+
+    def take_weights(self, run: TrainConfig, checkpoint: dict) -> None:
+        self.model.load_state_dict(checkpoint["model"])
 
     def train(self) -> bool:
         """Train to max_steps; False if Ctrl-C came first. Either way ckpt.pt is up to date."""
@@ -1091,7 +1309,7 @@ class Trainer:
         self.begin()
         with interrupts() as pressed:
             self.since = time.perf_counter()
-            while self.step < run.max_steps and not pressed:
+            while self.step < run.max_steps and not (pressed or self.worn_out):
                 self.pending.append(self.train_step())
                 self.step += 1
                 evaluating = self.step % run.eval_interval == 0 or self.step == run.max_steps
@@ -1104,9 +1322,10 @@ class Trainer:
                     self.evaluate_and_save()
                 if keeping:
                     self.save(f"ckpt_{self.step:06d}.pt")
-            if pressed and self.step < run.max_steps:
+            finished = self.step >= run.max_steps or self.worn_out
+            if not finished:
                 self.save("ckpt.pt")
-        return self.step >= run.max_steps
+        return finished
 
     def train_step(self) -> tuple[torch.Tensor, int]:
         """One step on its batch; returns the loss per token and how many tokens it read."""
@@ -1114,16 +1333,22 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = group["highest_lr"] * schedule(self.step, run)
         torch.manual_seed(hash((run.seed, self.step)))  # for dropout
-        batch = train_batch(self.corpus, self.config, self.objective, run, self.step)
+        batch = self.draw_batch()
         return (
             update(self.compiled, batch, self.optimizer, self.scaler, self.autocast, run),
             count_tokens(batch),
         )
 
+    def draw_batch(self) -> dict:
+        return train_batch(self.corpus, self.config, self.objective, self.run, self.step)
+
+    def evaluate(self) -> dict[str, float]:
+        batches = eval_batches(self.corpus, self.config, self.objective, self.run.batch_size)
+        return evaluate(self.model, batches, self.autocast)
+
     def evaluate_and_save(self) -> None:
         """Evaluate, log, show a sample; keep the weights if the best so far; save the state."""
-        batches = eval_batches(self.corpus, self.config, self.objective, self.run.batch_size)
-        found = evaluate(self.model, batches, self.autocast)
+        found = self.evaluate()
         self.check(found["val_loss"], self.step)
         self.log.write(step=self.step, **found)
         self.log.say("  ".join(
@@ -1135,7 +1360,7 @@ class Trainer:
             self.best = found["val_loss"]
             self.save("best.pt", weights_only=True)
         self.save("ckpt.pt")
-        self.log.draw(f"{NAME}: loss per token, {self.step} of {self.run.max_steps} steps")
+        self.log.draw(f"{NAME}: {self.unit}, {self.step} of {self.run.max_steps} steps")
         self.since = time.perf_counter()
 
     def show(self, length: int) -> str:
@@ -1143,7 +1368,18 @@ class Trainer:
         torch.manual_seed(self.run.seed)
         self.model.eval()
         with self.autocast:
-            return demonstrate(self.model, self.corpus, length)
+            return self.demonstrate(length)
+
+    def demonstrate(self, length: int) -> str:
+        return demonstrate(self.model, self.corpus, length)
+
+    def describe_data(self) -> str:
+        corpus = self.corpus
+        return (
+            f"{self.run.data}, {corpus.documents:,} document{'s' * (corpus.documents != 1)}; "
+            f"{len(corpus.train):,} tokens to train on, {len(corpus.validation):,} to validate; "
+            f"vocabulary of {self.config.vocab_size:,}"
+        )
 
     def report(self) -> None:
         """Log the mean loss since the last report. Raises ValueError if the run has come apart."""
@@ -1175,15 +1411,13 @@ class Trainer:
         """Say what comes; write run.json, tokenizer.json and, for a new run, the first ckpt.pt."""
         from data import replacing
 
-        corpus, config, run = self.corpus, self.config, self.run
+        run, parts = self.run, [self.config, self.objective, self.run]
         with replacing(self.out_dir / "run.json", "w") as file:
-            json.dump(asdict(config) | asdict(self.objective) | asdict(run), file, indent=1)
-        corpus.tokenizer.save(self.out_dir / "tokenizer.json")
+            json.dump({k: v for part in parts for k, v in asdict(part).items()}, file, indent=1)
+        self.tokenizer.save(self.out_dir / "tokenizer.json")
         weights = sum(p.numel() for p in self.model.parameters())
         self.log.say(
-            f"data: {run.data}, {corpus.documents:,} document{'s' * (corpus.documents != 1)}; "
-            f"{len(corpus.train):,} tokens to train on, {len(corpus.validation):,} to validate; "
-            f"vocabulary of {config.vocab_size:,}",
+            f"data: {self.describe_data()}",
             f"model: {weights / 1e6:.2f} million parameters, on {self.device.type} in {run.dtype}; "
             f"{run.max_steps:,} steps of {run.rows} sequences",
         )
@@ -1191,7 +1425,7 @@ class Trainer:
             self.log.say(f"resumed at step {self.step}")
         else:
             self.save("ckpt.pt")
-        if run.init_from == "scratch":
+        if run.init_from != "resume":
             (self.out_dir / "best.pt").unlink(missing_ok=True)  # of an earlier run
 
     def save(self, name: str, weights_only: bool = False) -> None:
@@ -1201,7 +1435,8 @@ class Trainer:
         state = dict(
             name=NAME, step=self.step, best_loss=self.best,
             config=asdict(self.config), objective=asdict(self.objective), run=asdict(self.run),
-            documents=self.corpus.documents, model=self.model.state_dict(),
+            task=asdict(self.task) if self.task else None,
+            documents=self.corpus.documents if self.corpus else 0, model=self.model.state_dict(),
             pending=[(float(loss), tokens) for loss, tokens in self.pending],
         )
         if not weights_only:
@@ -1210,8 +1445,118 @@ class Trainer:
             torch.save(state, file)
 
 
+class Examples:
+    """Rows of a task's data, encoded; those that the task leaves out are left out."""
+
+    def __init__(
+        self, task: Task, rows: list[dict], tokenizer, config: Config, learned: list[dict]
+    ):
+        """learned: the rows that were learned from, to compare with."""
+        self.task, self.tokenizer, self.learned = task, tokenizer, learned
+        found = [(row, task.encode(row, tokenizer, config)) for row in rows]
+        self.rows = [row for row, example in found if example]
+        self.encoded = [example for _, example in found if example]
+        self.cropped = sum(example["cropped"] for example in self.encoded)
+        self.left_out = len(rows) - len(self.rows)
+        self.lengths = [example["length"] for example in self.encoded]
+
+    def batch(self, numbers, generator=None) -> dict:
+        """The examples of these numbers as tensors, padded to the longest of them. With a generator
+        as they are to be trained on."""
+        return self.task.collate([self.encoded[i] for i in numbers], self.tokenizer, generator)
+
+    def evaluate(self, model, autocast, size: int) -> tuple[dict[str, float], str]:
+        """val_loss and the task's own measures over all examples, `size` at once; a table."""
+        from data import in_order_of_length
+
+        groups = in_order_of_length(self.lengths, size)
+        found = evaluate(model, map(self.batch, groups), autocast)
+        with autocast:
+            measures, table = self.task.score(model, self, groups)
+        return found | measures, table
+
+
+def task_rows(source: str) -> dict[str, list[dict]]:
+    """{"train": rows, "validation": rows} of a source; of "", the demonstration."""
+    import data
+
+    if source:
+        return data.read_examples(source, Task.columns, Task.optional)
+    return {
+        part: [Task.demonstration(story) | {"place": story["title"]} for story in found]
+        for part, found in data.stories().items()
+    }
+
+
+class FineTuner(Trainer):
+    """A run that learns a task from examples, and stops when it only learns them by heart."""
+
+    unit, corpus = "loss on the examples", None
+
+    def __init__(self, run: FinetuneConfig, config, objective, checkpoint: dict, task: Task):
+        self.task = task
+        super().__init__(run, config, objective, checkpoint)
+
+    def open_data(self, run: FinetuneConfig, checkpoint: dict) -> int:
+        from data import Batches
+
+        self.tokenizer, parts = checkpoint["tokenizer"], task_rows(run.data)
+        self.config = self.task.fit(self.config, parts)
+        if run.dropout is not None:
+            self.config = replace(self.config, dropout=run.dropout)
+        self.examples, self.held_out = (
+            Examples(self.task, parts[part], self.tokenizer, self.config, parts["train"])
+            for part in ("train", "validation")
+        )
+        if not self.examples.rows or not self.held_out.rows:
+            raise ValueError(f"{run.data}: no examples are left to learn from, or to hold out")
+        self.batches = Batches(self.examples.lengths, run.rows, run.seed)
+        return len(self.examples.rows)
+
+    def take_weights(self, run: FinetuneConfig, checkpoint: dict) -> None:
+        """The checkpoint's, but for those of another task; freeze what is not to change."""
+        weights, frozen = checkpoint["model"], self.task.prepare(self.model, run.freeze)
+        if run.init_from != "resume":
+            shapes = {name: tensor.shape for name, tensor in self.model.state_dict().items()}
+            weights = {
+                name: tensor for name, tensor in weights.items()
+                if not run.scratch and tensor.shape == shapes.get(name)
+            }
+        self.model.load_state_dict(weights, strict=run.init_from == "resume")
+        for module in frozen:
+            module.requires_grad_(False)
+
+    def draw_batch(self) -> dict:
+        generator = np.random.default_rng((self.run.seed, self.step))
+        return self.examples.batch(self.batches[self.step], generator)
+
+    def evaluate(self) -> dict[str, float]:
+        found, self.table = self.held_out.evaluate(self.model, self.autocast, self.run.batch_size)
+        return found
+
+    @property
+    def worn_out(self) -> bool:
+        """Whether the last `patience` evaluations found no lower loss."""
+        losses = [row["val_loss"] for row in self.log.rows if "val_loss" in row]
+        patience = self.run.patience
+        return 0 < patience < len(losses) and min(losses[-patience:]) >= min(losses[:-patience])
+
+    def demonstrate(self, length: int) -> str:
+        return self.task.demonstrate(self.model, self.held_out, length)
+
+    def describe_data(self) -> str:
+        learn, held_out = self.examples, self.held_out
+        notes = {"cropped": learn.cropped + held_out.cropped,
+                 "left out": learn.left_out + held_out.left_out}
+        return "; ".join([
+            f"{self.run.data or 'the stories of input.txt'}, {len(learn.rows):,} examples to learn "
+            f"from, {len(held_out.rows):,} held out",
+            *(f"{n:,} {what}" for what, n in notes.items() if n),
+        ])
+
+
 # --------------------------------------------------------------------------------------------------
-# 9. The command line
+# 10. The command line
 # --------------------------------------------------------------------------------------------------
 
 
@@ -1230,19 +1575,25 @@ class ExportConfig(RunConfig):
     to: str = ""  # the folder to write
 
 
+def last_checkpoint(folder: str) -> Path:
+    """Where a run that is to go on has its state. Raises ValueError where there is none."""
+    path = Path(folder) / "ckpt.pt"
+    if not path.exists():
+        raise ValueError(
+            f"nothing to resume in {folder}: no ckpt.pt; leave --init_from out, or set --out_dir"
+        )
+    return path
+
+
 def train_command(settings: dict, given: dict) -> int:
     """Train, from scratch, from a checkpoint's weights, or where a run was stopped."""
     import data
 
-    init_from, checkpoint = settings["init_from"], None
+    init_from, checkpoint, folder = settings["init_from"], None, settings["out_dir"]
     if init_from != "scratch":
-        folder = Path(settings["out_dir"])
-        if init_from == "resume" and not (folder / "ckpt.pt").exists():
-            raise ValueError(
-                f"nothing to resume in {folder}: no ckpt.pt; "
-                "train with --init_from scratch, or set --out_dir"
-            )
-        checkpoint, _ = open_model(folder / "ckpt.pt" if init_from == "resume" else init_from)
+        checkpoint, _ = open_model(last_checkpoint(folder) if init_from == "resume" else init_from)
+        if init_from == "resume" and checkpoint["task"]:
+            raise ValueError(f"{folder} holds a fine-tuning: go on with `finetune`")
         for name, value in checkpoint["config"].items():
             if name in given and given[name] != value and name != "dropout":
                 raise ValueError(
@@ -1252,23 +1603,56 @@ def train_command(settings: dict, given: dict) -> int:
         settings |= checkpoint["config"] | {k: v for k, v in given.items() if k == "dropout"}
         if init_from == "resume":
             settings |= checkpoint["objective"] | checkpoint["run"] | given
-            settings["out_dir"] = str(folder)  # also when it has been moved since
+            settings["out_dir"] = folder  # also when it has been moved since
     config, objective, run = (
         data.build(cls, settings) for cls in (Config, ObjectiveConfig, TrainConfig)
     )
-    trainer = Trainer(run, config, objective, checkpoint)
+    return finish(Trainer(run, config, objective, checkpoint), "")
+
+
+def finetune_command(settings: dict, given: dict) -> int:
+    """Teach a trained or a published model a task, by examples."""
+    import data
+
+    init_from, folder = settings["init_from"], settings["out_dir"]
+    resuming = init_from == "resume"
+    if not resuming and Path(folder).resolve() in (Path(init_from).resolve(),
+                                                   Path(init_from).resolve().parent):
+        raise ValueError(f"{folder} holds the model to start from: set another --out_dir")
+    checkpoint, _ = open_model(last_checkpoint(folder) if resuming else init_from)
+    if resuming and not checkpoint["task"]:
+        raise ValueError(f"{folder} holds a pretraining: go on with `train`")
+    large = checkpoint["config"]["n_embd"] >= 512
+    settings |= FINETUNING["published" if large else "laptop"]
+    if resuming:
+        settings |= checkpoint["task"] | checkpoint["run"] | {"out_dir": folder}
+    settings |= given | {"init_from": init_from}
+    if "max_steps" in given and "epochs" not in given:
+        settings["epochs"] = 0.0
+    run, task = (data.build(cls, settings) for cls in (FinetuneConfig, Task))
+    config, objective = Config(**checkpoint["config"]), ObjectiveConfig(**checkpoint["objective"])
+    return finish(FineTuner(run, config, objective, checkpoint, task), "finetune ")
+
+
+def finish(trainer: Trainer, command: str) -> int:
+    """Train to the end, or to Ctrl-C, and say what can be done next."""
+    run = trainer.run
     again = "" if run.out_dir == f"out/{NAME}" else f" --out_dir {run.out_dir}"
     if not trainer.train():
         trainer.log.say(
-            f"stopped at step {trainer.step}. To go on: python {NAME}.py --init_from resume{again}"
+            f"stopped at step {trainer.step}. "
+            f"To go on: python {NAME}.py {command}--init_from resume{again}"
         )
         return 130
+    if trainer.worn_out:
+        trainer.log.say(
+            "the held-out loss no longer falls: stopped; best.pt has the best of it")
     trainer.log.say(
         *("", trainer.show(400).strip(), ""),
         f"Done: {run.out_dir} holds the checkpoints, log.jsonl and loss.svg. Try next:",
         f"  python {NAME}.py generate{again}",
         f"  python {NAME}.py eval{again}",
-        f"  python {NAME}.py --init_from resume --max_steps {2 * trainer.run.max_steps}{again}",
+        f"  python {NAME}.py {command}--init_from resume --max_steps {2 * run.max_steps}{again}",
     )
     return 0
 
@@ -1322,11 +1706,11 @@ def open_model(path):
         checkpoint, model = data.load_checkpoint(
             file, NAME, lambda config: Model(Config(**config)))
         data.say(f"{file}: step {checkpoint['step']}")
-        return checkpoint, model
+        return {"task": None, **checkpoint}, model
     model = from_pretrained(path)
     return dict(
         step=0, config=asdict(model.config), objective=asdict(ObjectiveConfig()),
-        run=asdict(TrainConfig()), documents=1, model=model.state_dict(),
+        run=asdict(TrainConfig()), task=None, documents=1, model=model.state_dict(),
         tokenizer=Tokenizer.from_pretrained(path),
     ), model
 
@@ -1348,14 +1732,25 @@ def eval_command(settings: dict, given: dict) -> int:
 
     options = data.build(EvalConfig, settings)
     model, checkpoint, device, dtype = load_model(options)
-    source = options.data or checkpoint["run"]["data"]
+    source, autocast = options.data or checkpoint["run"]["data"], data.autocast_to(dtype, device)
     config = Config(**checkpoint["config"])
+    if checkpoint["task"]:
+        task = Task(**checkpoint["task"])
+        parts = task_rows(source)
+        if Path(source).is_file() and source != checkpoint["run"]["data"]:  # all of it is new
+            parts["validation"] += parts["train"]
+        examples = Examples(
+            task, parts["validation"], checkpoint["tokenizer"], config, parts["train"])
+        row, table = examples.evaluate(model, autocast, options.batch_size)
+        data.say(*table.splitlines())
+        print(json.dumps({"step": checkpoint["step"], **row}))
+        return 0
     objective = data.build(ObjectiveConfig, checkpoint["objective"])
     corpus = data.prepare(
         source, config.vocab_size, SPECIAL_TOKENS, SEPARATOR, checkpoint["tokenizer"]
     )
     batches = eval_batches(corpus, config, objective, options.batch_size)
-    row = {"step": checkpoint["step"], **evaluate(model, batches, data.autocast_to(dtype, device))}
+    row = {"step": checkpoint["step"], **evaluate(model, batches, autocast)}
     print(json.dumps(row | {"perplexity": math.exp(min(row[TOKEN_LOSS], 700))}))
     return 0
 
@@ -1421,11 +1816,12 @@ def bench_command(settings: dict, given: dict) -> int:
 
 COMMANDS = {
     "train": (train_command, (Config, ObjectiveConfig, TrainConfig)),
+    "finetune": (finetune_command, (FinetuneConfig, Task)),
     "generate": (generate_command, (GenerateConfig, RunConfig)),
     "eval": (eval_command, (EvalConfig,)),
     "export": (export_command, (ExportConfig,)),
     "bench": (bench_command, (Config, ObjectiveConfig, TrainConfig)),
-}
+} | OWN_COMMANDS
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -21,6 +21,7 @@ Published weights are read straight into the parameters, and no code in them is 
 
 import argparse
 import contextlib
+import csv
 import ctypes
 import dataclasses
 import difflib
@@ -45,6 +46,7 @@ import tempfile
 import time
 import typing
 import zipfile
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -256,11 +258,7 @@ def find_source(name: str) -> dict[str, Path]:
     or a folder of .txt, .jsonl and .gz files. Raises OSError or ValueError if there is nothing.
     """
     if name in NAMED:
-        folder = cache_folder() / name
-        files = {
-            part: download(url, folder / url.rpartition("/")[2], size, digest)
-            for part, url, size, digest in NAMED[name]
-        }
+        files = named_files(name)
         if "archive" in files:
             return {part: one_text([files["archive"]], part) for part in ("train", "validation")}
         return files
@@ -284,6 +282,14 @@ def find_source(name: str) -> dict[str, Path]:
     return {"train": one_text([path])}
 
 
+def named_files(name: str) -> dict[str, Path]:
+    """The files of a source of NAMED, downloaded where they are not in the cache."""
+    return {
+        part: download(url, cache_folder() / name / url.rpartition("/")[2], size, digest)
+        for part, url, size, digest in NAMED[name]
+    }
+
+
 def one_text(files: list[Path], part: str = "train") -> Path:
     """The one UTF-8 file of these: itself if it is one plain file, else made in the cache."""
     if len(files) == 1 and files[0].suffix not in (".gz", ".jsonl"):
@@ -303,14 +309,7 @@ def one_text(files: list[Path], part: str = "train") -> Path:
 def read_documents(path: Path, part: str):
     """Yield a file's documents (JSON lines, members of an archive), each an iterable of bytes."""
     if path.name.endswith(".tar.gz"):
-        # IMDb's layout. Nothing is unpacked to the disk, so no member can be written anywhere.
-        folders = "train/(pos|neg|unsup)" if part == "train" else "test/(pos|neg)"
-        with tarfile.open(path, "r|gz") as archive:
-            for member in archive:
-                if member.isfile() and re.fullmatch(
-                    rf"aclImdb/{folders}/\d+_\d+\.txt", member.name
-                ):
-                    yield [archive.extractfile(member).read().replace(b"<br /><br />", b"\n\n")]
+        yield from ([text] for _, text in archive_texts(path, part))
         return
     with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
         if not path.name.removesuffix(".gz").endswith(".jsonl"):
@@ -323,6 +322,21 @@ def read_documents(path: Path, part: str):
                 except (ValueError, KeyError, TypeError, AttributeError):
                     raise ValueError(
                         f'{path}, line {number}: not a JSON object with a "text"') from None
+
+
+def archive_texts(path: Path, part: str):
+    """Yield (name, bytes) of the reviews in an archive of IMDb's layout; other members are passed
+    over. Nothing is unpacked to the disk, so no member can be written anywhere."""
+    folders = "train/(pos|neg|unsup)" if part == "train" else "test/(pos|neg)"
+    wanted = re.compile(rf"aclImdb/{folders}/\d+_\d+\.txt")
+    try:
+        with tarfile.open(path, "r|gz") as archive:
+            for member in archive:
+                if member.isfile() and wanted.fullmatch(member.name):
+                    text = archive.extractfile(member).read()
+                    yield member.name, text.replace(b"<br /><br />", b"\n\n")
+    except (tarfile.TarError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} is no whole archive: {error}") from None
 
 
 def fingerprint(files: list[Path], *extra) -> str:
@@ -591,7 +605,211 @@ def shuffled_rows(n: int, seed: int, first: int, count: int) -> tuple[np.ndarray
 
 
 # --------------------------------------------------------------------------------------------------
-# 5. Weight files: published models come in, ours go out
+# 5. Examples: tables of texts to fine-tune on
+# --------------------------------------------------------------------------------------------------
+
+
+def stories(source: str = "input.txt") -> dict[str, list[dict]]:
+    """The stories of `input.txt`: {"train": rows, "validation": rows} with title, topic and text.
+
+    The split is that of pretraining, so a model has seen no story of the validation part.
+    """
+    path = find_source(source)["train"]
+    with open(path, "rb") as file:
+        both = file.read()
+    point, parts = split_point(path), {}
+    for part, raw in ("train", both[:point]), ("validation", both[point:]):
+        found = re.findall(
+            rf"Title: ([^\n]+)\nTopic: ([^\n]+)\n\n(.*?)\n?(?:{re.escape(SEPARATOR)}|\Z)",
+            raw.decode("utf-8").replace("\r\n", "\n"), re.DOTALL | re.ASCII)
+        parts[part] = [dict(title=title, topic=topic, text=text) for title, topic, text in found]
+    if not all(parts.values()):
+        raise ValueError(
+            f"{path} has no stories with Title: and Topic: to demonstrate with; "
+            "give examples of yours with --data")
+    return parts
+
+
+def read_examples(source: str, columns, optional=()) -> dict[str, list[dict]]:
+    """{"train": rows, "validation": rows} of a .csv or .jsonl file, a folder of two, or `imdb`.
+
+    A row is a dict column -> text, and `place`, which names it. A folder brings train.csv and
+    validation.csv (or test.csv; .jsonl likewise). Of one file, a tenth is drawn to be held out, by
+    chance, since tables are often sorted: the same rows every time. See `read_table` for columns.
+    Raises ValueError or OSError for what cannot be used.
+    """
+    if source == "imdb":
+        archive = named_files(source)["archive"]
+        parts = {part: list(read_reviews(archive, part)) for part in ("train", "validation")}
+        return {part: check_rows(rows, archive, columns, optional) for part, rows in parts.items()}
+    path = Path(source)
+    if re.match(r"https?://", source):
+        key = hashlib.sha256(source.encode()).hexdigest()[:16]
+        name = re.sub(r"[^\w.-]", "_", source.partition("?")[0].rpartition("/")[2])[-80:]
+        path = download(source, cache_folder() / key / (name or "table.csv"), page=False)
+    if path.is_dir():
+        files = {}
+        for part, names in ("train", ["train"]), ("validation", ["validation", "valid", "test"]):
+            found = [path / f"{name}{end}" for name in names for end in TABLES]
+            files[part] = next((file for file in found if file.exists()), None)
+            if files[part] is None:
+                raise ValueError(f"{path} has no {part}.csv or {part}.jsonl")
+        return {part: read_table(file, columns, optional) for part, file in files.items()}
+    rows = read_table(path, columns, optional)
+    if len(rows) < 2:
+        raise ValueError(
+            f"{path} has {len(rows)} row{'s' * (len(rows) != 1)}: it takes two at least, "
+            "one to learn from and one to hold out")
+    order = np.random.default_rng(0).permutation(len(rows))
+    held_out, rest = np.split(order, [math.ceil(len(rows) / 10)])
+    return {part: [rows[i] for i in sorted(chosen)]
+            for part, chosen in (("train", rest), ("validation", held_out))}
+
+
+TABLES = (".csv", ".jsonl")
+
+
+def read_table(path, columns, optional=()) -> list[dict]:
+    """The rows of a .csv file (with a header) or a .jsonl file: column -> text, `place` -> its row.
+
+    columns have to be there and filled in every row, optional ones in every row or in none; others
+    are passed over. White space around a text is cut off. Raises ValueError that names the file,
+    the row and the column.
+    """
+    path = Path(path)
+    if path.suffix not in TABLES:
+        raise ValueError(f"{path} is no {' or '.join(TABLES)} file: examples come in a table "
+                         f"with the columns {', '.join(columns)}")
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}")
+    try:
+        rows = list((csv_rows if path.suffix == ".csv" else jsonl_rows)(path))
+    except UnicodeDecodeError:
+        raise ValueError(
+            f"{path} is not UTF-8 text; convert it (iconv -f latin1 -t utf-8)") from None
+    return check_rows(rows, path, columns, optional)
+
+
+def csv_rows(path: Path):
+    """Yield a dict for each row of a CSV file. Rows are counted as a spreadsheet does: from the
+    header, row 1, on; a cell may hold commas, quotes and line breaks."""
+    csv.field_size_limit(1 << 24)  # bytes in a cell: a long text, but no endless one
+    with open(path, encoding="utf-8-sig", newline="") as file:  # (-sig: without a byte order mark)
+        reader = csv.reader(file, strict=True)
+        try:
+            header = [name.strip() for name in next(reader, [])]
+            twice = [name for name, n in Counter(header).items() if n > 1]
+            if twice:
+                raise ValueError(f"{path} has the column {twice[0]!r} twice")
+            for number, cells in enumerate((cells for cells in reader if cells), 2):
+                if len(cells) > len(header):
+                    raise ValueError(
+                        f"{path}, row {number}: {len(cells)} cells under {len(header)} columns; "
+                        "a text with commas has to stand in quotes")
+                row = dict(itertools.zip_longest(header, cells, fillvalue=""))
+                yield row | {"place": f"row {number}"}
+        except csv.Error as error:
+            raise ValueError(f"{path}, line {reader.line_num}: {error}") from None
+
+
+def jsonl_rows(path: Path):
+    """Yield a dict for each line that is not empty. Numbers become texts."""
+    with open(path, encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                row = None
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}, line {number}: not a JSON object")
+            for name, value in row.items():
+                if isinstance(value, (int, float)) and not isinstance(value, bool):
+                    row[name] = str(value)
+            yield row | {"place": f"line {number}"}
+
+
+def check_rows(rows: list[dict], path, columns, optional) -> list[dict]:
+    """The rows with these columns alone. Raises ValueError where one is missing or empty."""
+    there = dict.fromkeys(name for row in rows for name in row if name != "place")
+    missing = [name for name in columns if name not in there]
+    if missing and rows:
+        raise ValueError(f"{path} has no column {missing[0]!r}: it takes {', '.join(columns)}, "
+                         f"and has {', '.join(map(repr, there))}")
+    if not rows:
+        raise ValueError(f"{path} has no rows; it takes the columns {', '.join(columns)}")
+    used = [name for name in (*columns, *optional) if name in there]
+    checked = []
+    for row in rows:
+        for name in used:
+            value = row.get(name)
+            if value is None or value == "" or isinstance(value, str) and not value.strip():
+                raise ValueError(f"{path}, {row['place']}: the column {name!r} is empty")
+            if not isinstance(value, str):
+                raise ValueError(f"{path}, {row['place']}: {name!r} is no text")
+        checked.append({name: row[name].strip() for name in used}
+                       | {"place": f"{path}, {row['place']}"})
+    passed_over = [name for name in there if name not in used]
+    if passed_over:
+        say(f"{path}: passed over the column{'s' * (len(passed_over) > 1)} "
+            f"{', '.join(passed_over)}")
+    return checked
+
+
+def read_reviews(archive: Path, part: str):
+    """Yield IMDb's labelled reviews: text and label, `pos` or `neg`."""
+    for name, text in archive_texts(archive, part):
+        label = name.split("/")[-2]
+        if label != "unsup":
+            yield dict(text=text.decode("utf-8", "replace"), label=label, place=name)
+
+
+class Batches:
+    """Which rows a step takes: batches[step] -> row numbers, (at most `size`,) int64.
+
+    An epoch takes each row once. Rows of about the same length go together, so that little has to
+    be padded: shuffled rows are sorted by length within pools of 32 batches, cut into batches, and
+    these are shuffled. Every step is a function of (seed, step).
+    """
+
+    def __init__(self, lengths, size: int, seed: int):
+        self.lengths, self.size, self.seed = np.asarray(lengths), size, seed
+        self.epoch, self.cut = -1, []
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.lengths) / self.size)
+
+    def __getitem__(self, step: int) -> np.ndarray:
+        epoch, place = divmod(step, len(self))
+        if epoch != self.epoch:
+            generator = np.random.default_rng((self.seed, epoch))
+            order = generator.permutation(len(self.lengths))
+            pool = 32 * self.size
+            order = np.concatenate([
+                rows[np.argsort(self.lengths[rows], kind="stable")]
+                for rows in (order[i : i + pool] for i in range(0, len(order), pool))])
+            cut = [order[i : i + self.size] for i in range(0, len(order), self.size)]
+            self.epoch, self.cut = epoch, [cut[i] for i in generator.permutation(len(cut))]
+        return self.cut[place]
+
+
+def in_order_of_length(lengths, size: int) -> list[np.ndarray]:
+    """All rows, in batches of at most `size`, the shortest first."""
+    order = np.argsort(lengths, kind="stable")
+    return [order[i : i + size] for i in range(0, len(order), size)]
+
+
+def pad(rows: list, fill: int) -> np.ndarray:
+    """Rows of different lengths side by side: (n, the longest) int64, filled up with `fill`."""
+    padded = np.full((len(rows), max(map(len, rows))), fill, np.int64)
+    for i, row in enumerate(rows):
+        padded[i, : len(row)] = row
+    return padded
+
+
+# --------------------------------------------------------------------------------------------------
+# 6. Weight files: published models come in, ours go out
 # --------------------------------------------------------------------------------------------------
 
 VOCABULARIES = ("spiece.model", "vocab.json", "merges.txt", "vocab.txt")  # until tokenizer.json
@@ -959,7 +1177,7 @@ def save_tokenizer(tokenizer, folder, roles: dict[str, str], template: list[str]
 
 
 # --------------------------------------------------------------------------------------------------
-# 6. What a run writes: its log and the chart of it
+# 7. What a run writes: its log and the chart of it
 # --------------------------------------------------------------------------------------------------
 
 
@@ -1080,7 +1298,7 @@ def line_chart(
 
 
 # --------------------------------------------------------------------------------------------------
-# 7. The command line: flags out of dataclasses
+# 8. The command line: flags out of dataclasses
 # --------------------------------------------------------------------------------------------------
 
 
@@ -1115,6 +1333,8 @@ def add_flags(parser: argparse.ArgumentParser, cls, defaults: dict) -> None:
     group, hints, helps = (
         parser.add_argument_group(cls.__name__), typing.get_type_hints(cls), comments(cls))
     for field in dataclasses.fields(cls):
+        if not field.metadata.get("flag", True):
+            continue
         hint = hints[field.name]
         options, notes = dict(metavar=""), []
         if typing.get_origin(hint) is typing.Literal:
@@ -1204,7 +1424,7 @@ def parse_command(name: str, commands: dict, presets: dict, arguments: list[str]
 
 
 # --------------------------------------------------------------------------------------------------
-# 8. The machine
+# 9. The machine
 # --------------------------------------------------------------------------------------------------
 
 
@@ -1315,6 +1535,24 @@ def peak_memory_mb(device) -> float:
 
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+
+
+def prompts(given: str):
+    """Yield the prompt that was given; without one, each line that is typed, until Ctrl-D."""
+    if given:
+        yield given
+        return
+    if not sys.stdin.isatty():
+        raise ValueError("this model was fine-tuned to answer: say what, with --prompt")
+    say("Type something and press Enter; Ctrl-D ends.")
+    while True:
+        print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            say("")
+            return
+        if line.strip():
+            yield line.strip()
 
 
 @contextlib.contextmanager

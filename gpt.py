@@ -36,6 +36,7 @@ import math
 import os
 import statistics
 import sys
+import textwrap
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -425,8 +426,15 @@ def loss_sum(model: GPT, batch: dict):
 
     Sums, so that parts of a batch can be added up. A metric is a pair of sums, a numerator and a
     denominator: bits per byte = loss / ln 2 over bytes, which can be compared across tokenizers.
+    With `weights` (B,), of fine-tuning, a row's tokens count so many times.
     """
     logits = model(batch["idx"])[0].flatten(0, 1)  # (B * T, V)
+    if "weights" in batch:
+        asked = batch["targets"] != -100  # (B, T)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        each = F.cross_entropy(logits, batch["targets"].flatten(), reduction="none")
+        weights = batch["weights"][:, None] * asked
+        return (each.view_as(weights) * weights).sum(), weights.sum(), {}
     loss = CrossEntropy.apply(logits, batch["targets"].flatten())
     weight = (batch["targets"] != -100).sum()
     metrics = {
@@ -537,9 +545,9 @@ GPT.generate = generate
 class GenerateConfig:
     """What to write, and how freely."""
 
-    prompt: str = ""  # the text to continue; without it, a new document
+    prompt: str = ""  # the text to continue, or to answer; without it, a new document
     max_new_tokens: int = 500  # how many tokens at most
-    temperature: float = 0.8  # above 1 more daring, below 1 safer, 0 always the likeliest
+    temperature: float | None = None  # 0 always the likeliest, 1 daring (default 0.8; answers 0.3)
     top_k: int = 50  # choose among the k likeliest tokens (0: among all)
     top_p: float = 1.0  # choose among the likeliest tokens that together have this probability
     num_samples: int = 1  # how many texts
@@ -547,7 +555,7 @@ class GenerateConfig:
     def __post_init__(self):
         if (
             self.max_new_tokens < 1 or self.num_samples < 1
-            or self.temperature < 0 or self.top_k < 0
+            or (self.temperature or 0) < 0 or self.top_k < 0
         ):
             raise ValueError(
                 "max_new_tokens and num_samples have to be at least 1, "
@@ -557,23 +565,27 @@ class GenerateConfig:
             raise ValueError(f"top_p {self.top_p} is not between 0 and 1")
 
 
-def continuations(
-    model: GPT, tokenizer, documents: int, options: GenerateConfig, on_text=None
-) -> list[str]:
-    """The texts: the prompt and what follows it, up to the end of the document.
+def prompt_ids(prompt: str, tokenizer, documents: int, block_size: int) -> list[int]:
+    """The prompt as tokens; where the corpus had several documents, it begins one.
 
-    documents: of the corpus trained on; with several, a prompt begins one. on_text(part) is called
-    with the first text's parts as they come. Raises ValueError for a prompt beyond the context.
+    Raises ValueError for a prompt beyond the context.
+    """
+    ids = ([tokenizer.special[SEPARATOR]] if documents > 1 else []) + tokenizer.encode(prompt)
+    if len(ids) > block_size:
+        raise ValueError(
+            f"the prompt has {len(ids)} tokens, the context {block_size}: shorten it"
+        )
+    return ids or tokenizer.encode("\n")
+
+
+def continuations(
+    model: GPT, tokenizer, ids: list[int], options: GenerateConfig, on_text=None
+) -> list[str]:
+    """What follows the tokens `ids`, num_samples times, each up to the end of the document.
+
+    on_text(part) is called with the first text's parts as they come.
     """
     end = tokenizer.special[SEPARATOR]
-    ids = ([end] if documents > 1 else []) + tokenizer.encode(options.prompt)
-    ids = ids or tokenizer.encode("\n")
-    if len(ids) > model.config.block_size:
-        raise ValueError(
-            f"the prompt has {len(ids)} tokens, the context {model.config.block_size}: shorten it"
-        )
-    if on_text is not None:
-        on_text(options.prompt)
     decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a token may end inside a character
 
     def show(column):
@@ -581,34 +593,47 @@ def continuations(
             on_text(decoder.decode(tokenizer.decode_bytes([column[0]])))
 
     idx = torch.tensor([ids] * options.num_samples, device=next(model.parameters()).device)
+    temperature = 0.8 if options.temperature is None else options.temperature
     tokens = model.generate(
-        idx, options.max_new_tokens, options.temperature, options.top_k or None, options.top_p,
+        idx, options.max_new_tokens, temperature, options.top_k or None, options.top_p,
         stop=end, on_token=show,
     )
     if on_text is not None:
         on_text(decoder.decode(b"", final=True))
     rows = tokens[:, len(ids) :].tolist()
     ended = [row[: row.index(end)] if end in row else row for row in rows]
-    return [options.prompt + tokenizer.decode(row) for row in ended]
+    return [tokenizer.decode(row) for row in ended]
 
 
 def demonstrate(model: GPT, corpus, length: int) -> str:
     """A sample for the log."""
-    return continuations(
-        model, corpus.tokenizer, corpus.documents, GenerateConfig(max_new_tokens=length)
-    )[0]
+    ids = prompt_ids("", corpus.tokenizer, corpus.documents, model.config.block_size)
+    return continuations(model, corpus.tokenizer, ids, GenerateConfig(max_new_tokens=length))[0]
 
 
 def write_samples(model: GPT, checkpoint: dict, options: GenerateConfig) -> None:
-    """What `generate` prints on standard output: one text as it comes, several when done."""
-    tokenizer, documents = checkpoint["tokenizer"], checkpoint["documents"]
-    if options.num_samples == 1:
-        continuations(
-            model, tokenizer, documents, options, lambda part: print(part, end="", flush=True)
-        )
-        print()
-    else:
-        print("\n\n".join(continuations(model, tokenizer, documents, options)))
+    """What `generate` prints on standard output: one text as it comes, several when done; of a
+    fine-tuned model, the answer to the prompt, or to each that is typed."""
+    from data import prompts
+
+    tokenizer = checkpoint["tokenizer"]
+
+    def print_part(part):
+        print(part, end="", flush=True)
+
+    on_text = print_part if options.num_samples == 1 else None
+    if checkpoint["task"]:
+        task = Task(**checkpoint["task"])
+        for prompt in prompts(options.prompt):
+            texts = task.answers(model, tokenizer, prompt, options, on_text)
+            print("" if on_text else "\n\n".join(texts))
+        return
+    prompt = options.prompt
+    ids = prompt_ids(prompt, tokenizer, checkpoint["documents"], model.config.block_size)
+    if on_text:
+        on_text(prompt)
+    texts = continuations(model, tokenizer, ids, options, on_text)
+    print("" if on_text else "\n\n".join(prompt + text for text in texts))
 
 
 def generate_speeds(model: GPT) -> dict[str, float]:
@@ -697,7 +722,238 @@ def from_published(found: dict, names: set[str]) -> GPTConfig:
 
 
 # --------------------------------------------------------------------------------------------------
-# 8. Training: from here on the three model files are the same, letter by letter
+# 8. Fine-tuning: answer a prompt
+# --------------------------------------------------------------------------------------------------
+
+# Settings that go with a model's size. A small model soon knows its examples by heart, so that the
+# held-out loss rises from the second epoch on; yet only then does it do what the prompt says. (Also
+# seen with large ones: Ouyang et al. 2022, 3.5.) So laptop's run is evaluated at its end alone.
+FINETUNING = {
+    "laptop": dict(epochs=4.0, batch_size=16, optimizer="adamw", lr=0.003, eval_interval=1000),
+    "published": dict(batch_size=8, optimizer="adamw", lr=3e-5, warmup_steps=50),
+}
+
+
+@dataclass
+class Task:
+    """Answer a prompt: <|endoftext|> prompt, line break, response <|endoftext|>.
+
+    The loss is on the response and the <|endoftext|> behind it alone: so the model learns to
+    answer, and to end, but not to ask. Where responses are rated, from 1 to 5, each token's loss
+    weighs as much as the rating.
+    """
+
+    min_rating: float = 0.0  # leave out responses with a lower rating
+
+    columns, optional = ("prompt", "response"), ("rating",)
+
+    @staticmethod
+    def demonstration(story: dict) -> dict:
+        """A request for a story -> its first paragraph."""
+        prompt = f"Tell me a story about the {story['topic']}: {story['title']}"
+        return dict(prompt=prompt, response=story["text"].partition("\n\n")[0])
+
+    def fit(self, config: Config, parts: dict) -> Config:
+        """The architecture for the task. (BERT gets a head with the labels.)"""
+        return config
+
+    def encode(self, row: dict, tokenizer, config: Config) -> dict | None:
+        """A row as idx, targets and weight; None if it is left out. What does not fit is cropped:
+        first the prompt's beginning, down to half of the context, then the response's end."""
+        weight = self.read_rating(row) if "rating" in row else 1.0
+        if "rating" in row and weight < self.min_rating:
+            return None
+        end, room = tokenizer.special[SEPARATOR], config.block_size + 1
+        prompt = self.encode_prompt(row["prompt"], tokenizer)
+        response = [*tokenizer.encode(row["response"]), end]
+        cropped = len(prompt) + len(response) > room
+        prompt = prompt[-max(room - len(response), room // 2) :]
+        response = response[: room - len(prompt)]
+        ids = prompt + response
+        targets = [-100] * (len(prompt) - 1) + response
+        return dict(
+            idx=ids[:-1], targets=targets, weight=weight, length=len(targets), cropped=cropped)
+
+    @staticmethod
+    def read_rating(row: dict) -> float:
+        """Raises ValueError for what is no number from 1 to 5."""
+        with contextlib.suppress(ValueError):
+            if 1 <= float(row["rating"]) <= 5:
+                return float(row["rating"])
+        raise ValueError(f"{row['place']}: rating {row['rating']!r} is no number from 1 to 5")
+
+    @staticmethod
+    def encode_prompt(prompt: str, tokenizer) -> list[int]:
+        """What stands before a response."""
+        return [tokenizer.special[SEPARATOR], *tokenizer.encode(prompt), *tokenizer.encode("\n")]
+
+    def collate(self, examples: list[dict], tokenizer, generator=None) -> dict:
+        """-> a batch: idx, targets (B, T), weights (B,)."""
+        from data import pad
+
+        idx, targets = (
+            torch.from_numpy(pad([example[name] for example in examples], fill))
+            for name, fill in (("idx", 0), ("targets", -100))
+        )
+        weights = torch.tensor([example["weight"] for example in examples])
+        return dict(idx=idx, targets=targets, weights=weights)
+
+    def score(self, model: GPT, examples, groups) -> tuple[dict, str]:
+        """What else can be measured, and a table: of free text, nothing."""
+        return {}, ""
+
+    def prepare(self, model: GPT, n: int) -> list[nn.Module]:
+        """What --freeze n keeps as it is: the embeddings and the lowest n blocks."""
+        if n > len(model.blocks):
+            raise ValueError(f"--freeze {n}: the model has {len(model.blocks)} layers")
+        embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+        return [*embeddings, *model.blocks[:n]] if n else []
+
+    def demonstrate(self, model: GPT, examples, length: int) -> str:
+        """The answer to a held-out prompt."""
+        prompt = examples.rows[0]["prompt"]
+        return f"{prompt}\n{self.answers(model, examples.tokenizer, prompt, GenerateConfig())[0]}"
+
+    def answers(
+        self, model: GPT, tokenizer, prompt: str, options: GenerateConfig, on_text=None
+    ) -> list[str]:
+        """What the model answers: until it ends, or the context does."""
+        ids = self.encode_prompt(prompt, tokenizer)[-(model.config.block_size // 2) :]
+        room = model.config.block_size + 1 - len(ids)
+        options = replace(
+            options, max_new_tokens=min(options.max_new_tokens, room),
+            temperature=0.3 if options.temperature is None else options.temperature,
+        )
+        return continuations(model, tokenizer, ids, options, on_text)
+
+
+# --------------------------------------------------------------------------------------------------
+# 8b. The ladder: from a bigram to a GPT in twelve steps
+# --------------------------------------------------------------------------------------------------
+
+FIRST_STEP = dict(  # two tables: what a token is, and what follows such a token
+    n_layer=0, n_head=1, n_embd=64, n_ff=0, pos="none", norm="none", residual=False, tie=False,
+)
+LADDER = [  # name, what changes, and what to see
+    ("bigram", {},
+     "Guesses the next token from the last one alone: the best that can be done without looking "
+     "further back."),
+    ("one attention head", dict(n_layer=1, pos="learned"),
+     "Now a position can fetch something from the ones before it. But what the head fetches takes "
+     "the place of the token itself, so hardly anything is gained."),
+    ("several heads", dict(n_head=4),
+     "Four narrower heads look at four places at once, say the last letter and the one before it, "
+     "for the same number of weights."),
+    ("+ feed-forward", dict(n_ff=64),
+     "After the positions have exchanged what they know, each can think about it: a non-linear "
+     "function of several letters, where attention only takes means."),
+    ("three blocks", dict(n_layer=3),
+     "Deeper should be better. But each block passes on nothing but its own output: what the first "
+     "one saw has to survive two more, and the gradient the same way back."),
+    ("+ residuals", dict(residual=True),
+     "Each sublayer adds to a stream instead of replacing it. Tokens and gradients now have a "
+     "direct way through: the same depth pays at last."),
+    ("wider feed-forward", dict(n_ff=256),
+     "Four times as wide, as in all published models. Most of a transformer's weights, and of what "
+     "it knows by heart, are here."),
+    ("post-LN", dict(norm="post"),
+     "LayerNorm after each sublayer, as in the first transformer and in BERT: numbers stay in "
+     "range, but the stream is squeezed each time, and with it the direct way."),
+    ("pre-LN", dict(norm="pre"),
+     "LayerNorm before each sublayer, as in GPT-2: sublayers get numbers in range, and the stream "
+     "itself is left alone."),
+    ("dropout", dict(dropout=0.1),
+     "A tenth of the activations is zeroed, against learning by heart. In a run as short as this "
+     "one nothing is learned by heart yet, so it only costs."),
+    ("deeper", dict(n_layer=6),
+     "Twice the blocks, each a further round of looking back and thinking."),
+    ("the full model", dict(n_embd=128, n_ff=512, dropout=0.0, pos="rotary", tie=True),
+     "Twice as wide, without dropout; with rotary positions, by which a head sees distances, and "
+     "one table for reading and writing tokens."),
+]
+
+
+@dataclass
+class LadderConfig:
+    """The same for all twelve steps."""
+
+    out_dir: str = f"out/{NAME}-ladder"  # folder for ladder.json and ladder.svg
+    data: str = "input.txt"  # a file, folder or URL, or shakespeare, tinystories, imdb
+    vocab_size: int = 257  # token types (257: bytes)
+    block_size: int = 64  # context, in tokens
+    max_steps: int = 300  # optimizer steps
+    batch_size: int = 32  # windows in a step
+    lr: float = 0.02  # AdamW's highest learning rate
+    matrix_lr: float = 0.03  # Muon's highest learning rate
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: the best there is
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: the fastest there is
+    seed: int = 0  # of all random draws: the same seed, the same result
+
+
+def climb(config: Config, corpus, run: "TrainConfig", device, dtype):
+    """One step of the ladder -> (its row of ladder.json, its curve [(step, loss), ...])."""
+    import data
+
+    start = time.perf_counter()
+    torch.manual_seed(run.seed)
+    model, autocast = GPT(config).to(device), data.autocast_to(dtype, device)
+    optimizer = Muon(model, run, dtype)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    losses = []
+    for step in range(run.max_steps):
+        for group in optimizer.param_groups:
+            group["lr"] = group["highest_lr"] * schedule(step, run)
+        batch = train_batch(corpus, config, ObjectiveConfig(), run, step)
+        losses.append(update(model, batch, optimizer, scaler, autocast, run))
+    losses = torch.stack(losses).tolist()
+    seconds = time.perf_counter() - start
+    batches = eval_batches(corpus, config, ObjectiveConfig(), 8 * run.batch_size)
+    with autocast:
+        sample = demonstrate(model, corpus, 200)[:100]
+    n = max(run.max_steps // 20, 1)
+    curve = [(i + n, sum(losses[i : i + n]) / n) for i in range(0, len(losses) - n + 1, n)]
+    return dict(
+        parameters=sum(p.numel() for p in model.parameters()), train_loss=curve[-1][1],
+        val_loss=evaluate(model, batches, autocast)["val_loss"], seconds=round(seconds, 2),
+        sample=sample,
+    ), curve
+
+
+def ladder_command(settings: dict, given: dict) -> int:
+    """From a bigram to a GPT: twelve models, each one change away from the one before."""
+    import data
+
+    options = data.build(LadderConfig, settings)
+    device = data.choose_device(options.device)
+    dtype = data.choose_dtype(options.dtype, device)
+    if device.type == "cpu":
+        data.keep_freed_memory()
+    run = data.build(TrainConfig, settings)
+    corpus = data.prepare(options.data, options.vocab_size, SPECIAL_TOKENS, SEPARATOR)
+    config = GPTConfig(corpus.tokenizer.vocab_size, options.block_size, **FIRST_STEP)
+    rows_per_epoch(corpus, config, ObjectiveConfig())  # is there enough text?
+    folder, rows, curves = Path(options.out_dir), [], {}
+    print(f"{'':<22}{'parameters':>10}{'training':>10}{'validation':>12}{'seconds':>9}")
+    for i, (name, change, why) in enumerate(LADDER, 1):
+        config = replace(config, **change)
+        row, curves[f"{i} {name}"] = climb(config, corpus, run, device, dtype)
+        rows.append(dict(name=name) | row)
+        print(f"{i:>2} {name:<19}{row['parameters']:>10,}{row['train_loss']:>10.3f}"
+              f"{row['val_loss']:>12.3f}{row['seconds']:>9.1f}")
+        print(textwrap.indent(textwrap.fill(why, 90), "     "))
+        print(textwrap.indent(row["sample"].strip("\n"), "     | ", lambda line: True), flush=True)
+        with data.replacing(folder / "ladder.json", "w") as file:
+            json.dump(rows, file, indent=1)
+        with data.replacing(folder / "ladder.svg", "w") as file:
+            file.write(data.line_chart(curves, f"The ladder: {options.data}", "step", "loss"))
+    print(f"{folder} holds ladder.json and ladder.svg")
+    return 0
+
+
+OWN_COMMANDS = {"ladder": (ladder_command, (LadderConfig,))}
+
+# --------------------------------------------------------------------------------------------------
+# 9. Training: from here on the three model files are the same, letter by letter
 # --------------------------------------------------------------------------------------------------
 
 
@@ -730,17 +986,17 @@ class TrainConfig(RunConfig):
     schedule: Literal["linear", "cosine"] = "linear"  # how it falls to zero afterwards
     grad_clip: float = 1.0  # largest norm of the gradient; longer ones are scaled down (0: never)
     log_interval: int = 10  # steps between two lines of the log
-    eval_interval: int = 100  # steps between two evaluations, each with a checkpoint
+    eval_interval: int = 100  # steps between two evaluations, each with a checkpoint (0: epoch)
     snapshot_interval: int = 0  # steps between two checkpoints that are kept for good (0: none)
     compile: bool = False  # torch.compile: pays on a GPU, in long runs
 
     def __post_init__(self):
-        for name in ("max_steps", "batch_size", "grad_accum", "log_interval", "eval_interval"):
+        for name in ("max_steps", "batch_size", "grad_accum", "log_interval"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} has to be at least 1")
         for name in (
             "seed", "epochs", "lr", "matrix_lr", "weight_decay",
-            "warmup_steps", "grad_clip", "snapshot_interval",
+            "warmup_steps", "grad_clip", "eval_interval", "snapshot_interval",
         ):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name} cannot be negative")
@@ -748,6 +1004,28 @@ class TrainConfig(RunConfig):
     @property
     def rows(self) -> int:
         return self.batch_size * self.grad_accum  # sequences per step
+
+
+@dataclass
+class FinetuneConfig(TrainConfig):
+    """Which model learns from which examples, and how much of it may change."""
+
+    out_dir: str = f"out/{NAME}-finetuned"  # folder of this run
+    init_from: str = f"out/{NAME}"  # a run, a checkpoint, a folder, a published model, or resume
+    data: str = ""  # a .csv or .jsonl file, or a folder of two (default: out of input.txt)
+    epochs: float = 3.0  # passes over the examples, unless max_steps is given
+    log_interval: int = 5  # steps between two lines of the log
+    eval_interval: int = 0  # steps between two evaluations, each with a checkpoint (0: an epoch)
+    freeze: int = 0  # so many of the lowest layers, and the embeddings, stay as they are
+    patience: int = 3  # stop after so many evaluations without a lower held-out loss (0: never)
+    dropout: float | None = None  # share of activations zeroed in training (default: the model's)
+    scratch: bool = False  # forget the weights: what is learned without pretraining?
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("freeze", "patience"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name} cannot be negative")
 
 
 def orthogonalize(matrices, steps: int = 5):
@@ -779,6 +1057,8 @@ class Muon(torch.optim.Optimizer):
         self.dtype = dtype  # of the Newton-Schulz products
         kinds = {}  # (kind, shape, size of its steps) -> parameters
         for name, p in model.named_parameters():
+            if not p.requires_grad:  # frozen
+                continue
             inner = p.ndim == 2 and not ("embedding" in name or "head" in name)
             if run.optimizer == "muon" and inner:
                 kind = "muon", (len(p) // getattr(p, "maps", 1), p.size(1))
@@ -892,6 +1172,9 @@ class Trainer:
     had never been stopped, and a checkpoint has to hold no generator's state.
     """
 
+    unit = "loss per token"  # of the chart
+    task, worn_out = None, False  # see FineTuner
+
     def __init__(
         self, run: TrainConfig, config: Config, objective: ObjectiveConfig,
         checkpoint: dict | None = None,
@@ -905,38 +1188,49 @@ class Trainer:
         self.dtype = data.choose_dtype(run.dtype, self.device)
         if self.device.type == "cpu":
             data.keep_freed_memory()
-        tokenizer = checkpoint["tokenizer"] if checkpoint else None
-        self.corpus = data.prepare(
-            run.data, config.vocab_size, SPECIAL_TOKENS, SEPARATOR, tokenizer
-        )
-        self.config = config if checkpoint else replace(
-            config, vocab_size=self.corpus.tokenizer.vocab_size)
-        self.objective = objective
-        epoch = rows_per_epoch(self.corpus, self.config, objective)
+        self.config, self.objective = config, objective
+        epoch = self.open_data(run, checkpoint)
         steps = max(math.ceil(run.epochs * epoch / run.rows), 1) if run.epochs else run.max_steps
         self.run = run = replace(
-            run, max_steps=steps, epochs=0.0, dtype=str(self.dtype).removeprefix("torch.")
+            run, max_steps=steps, epochs=0.0, dtype=str(self.dtype).removeprefix("torch."),
+            eval_interval=run.eval_interval or math.ceil(epoch / run.rows),
         )
 
         torch.manual_seed(run.seed)
         self.model = Model(self.config).to(self.device)
+        if checkpoint:
+            self.take_weights(run, checkpoint)
         self.optimizer = Muon(self.model, run, self.dtype)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.autocast = data.autocast_to(self.dtype, self.device)
         self.step, self.best = 0, math.inf
         self.pending = []  # loss and number of tokens of the steps since the last report
-        if checkpoint:
-            self.model.load_state_dict(checkpoint["model"])
-            if run.init_from == "resume":
-                self.step, self.best = checkpoint["step"], checkpoint["best_loss"]
-                self.pending = [
-                    (torch.tensor(loss, device=self.device), n) for loss, n in checkpoint["pending"]
-                ]
-                groups = self.optimizer.state_dict()["param_groups"]  # as the flags say now
-                self.optimizer.load_state_dict(checkpoint["optimizer"] | {"param_groups": groups})
-                self.scaler.load_state_dict(checkpoint["scaler"])
+        if run.init_from == "resume":
+            self.step, self.best = checkpoint["step"], checkpoint["best_loss"]
+            self.pending = [
+                (torch.tensor(loss, device=self.device), n) for loss, n in checkpoint["pending"]
+            ]
+            groups = self.optimizer.state_dict()["param_groups"]  # as the flags say now
+            self.optimizer.load_state_dict(checkpoint["optimizer"] | {"param_groups": groups})
+            self.scaler.load_state_dict(checkpoint["scaler"])
         self.compiled = torch.compile(self.model) if run.compile else self.model
         self.log = data.RunLog(self.out_dir, self.step if run.init_from == "resume" else None)
+
+    def open_data(self, run: TrainConfig, checkpoint: dict | None) -> int:
+        """Get what there is to learn from, and the tokenizer. Returns the rows of an epoch."""
+        import data
+
+        tokenizer = checkpoint["tokenizer"] if checkpoint else None
+        self.corpus = data.prepare(
+            run.data, self.config.vocab_size, SPECIAL_TOKENS, SEPARATOR, tokenizer
+        )
+        self.tokenizer = self.corpus.tokenizer
+        if not checkpoint:
+            self.config = replace(self.config, vocab_size=self.tokenizer.vocab_size)
+        return rows_per_epoch(self.corpus, self.config, self.objective)
+
+    def take_weights(self, run: TrainConfig, checkpoint: dict) -> None:
+        self.model.load_state_dict(checkpoint["model"])
 
     def train(self) -> bool:
         """Train to max_steps; False if Ctrl-C came first. Either way ckpt.pt is up to date."""
@@ -946,7 +1240,7 @@ class Trainer:
         self.begin()
         with interrupts() as pressed:
             self.since = time.perf_counter()
-            while self.step < run.max_steps and not pressed:
+            while self.step < run.max_steps and not (pressed or self.worn_out):
                 self.pending.append(self.train_step())
                 self.step += 1
                 evaluating = self.step % run.eval_interval == 0 or self.step == run.max_steps
@@ -959,9 +1253,10 @@ class Trainer:
                     self.evaluate_and_save()
                 if keeping:
                     self.save(f"ckpt_{self.step:06d}.pt")
-            if pressed and self.step < run.max_steps:
+            finished = self.step >= run.max_steps or self.worn_out
+            if not finished:
                 self.save("ckpt.pt")
-        return self.step >= run.max_steps
+        return finished
 
     def train_step(self) -> tuple[torch.Tensor, int]:
         """One step on its batch; returns the loss per token and how many tokens it read."""
@@ -969,16 +1264,22 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = group["highest_lr"] * schedule(self.step, run)
         torch.manual_seed(hash((run.seed, self.step)))  # for dropout
-        batch = train_batch(self.corpus, self.config, self.objective, run, self.step)
+        batch = self.draw_batch()
         return (
             update(self.compiled, batch, self.optimizer, self.scaler, self.autocast, run),
             count_tokens(batch),
         )
 
+    def draw_batch(self) -> dict:
+        return train_batch(self.corpus, self.config, self.objective, self.run, self.step)
+
+    def evaluate(self) -> dict[str, float]:
+        batches = eval_batches(self.corpus, self.config, self.objective, self.run.batch_size)
+        return evaluate(self.model, batches, self.autocast)
+
     def evaluate_and_save(self) -> None:
         """Evaluate, log, show a sample; keep the weights if the best so far; save the state."""
-        batches = eval_batches(self.corpus, self.config, self.objective, self.run.batch_size)
-        found = evaluate(self.model, batches, self.autocast)
+        found = self.evaluate()
         self.check(found["val_loss"], self.step)
         self.log.write(step=self.step, **found)
         self.log.say("  ".join(
@@ -990,7 +1291,7 @@ class Trainer:
             self.best = found["val_loss"]
             self.save("best.pt", weights_only=True)
         self.save("ckpt.pt")
-        self.log.draw(f"{NAME}: loss per token, {self.step} of {self.run.max_steps} steps")
+        self.log.draw(f"{NAME}: {self.unit}, {self.step} of {self.run.max_steps} steps")
         self.since = time.perf_counter()
 
     def show(self, length: int) -> str:
@@ -998,7 +1299,18 @@ class Trainer:
         torch.manual_seed(self.run.seed)
         self.model.eval()
         with self.autocast:
-            return demonstrate(self.model, self.corpus, length)
+            return self.demonstrate(length)
+
+    def demonstrate(self, length: int) -> str:
+        return demonstrate(self.model, self.corpus, length)
+
+    def describe_data(self) -> str:
+        corpus = self.corpus
+        return (
+            f"{self.run.data}, {corpus.documents:,} document{'s' * (corpus.documents != 1)}; "
+            f"{len(corpus.train):,} tokens to train on, {len(corpus.validation):,} to validate; "
+            f"vocabulary of {self.config.vocab_size:,}"
+        )
 
     def report(self) -> None:
         """Log the mean loss since the last report. Raises ValueError if the run has come apart."""
@@ -1030,15 +1342,13 @@ class Trainer:
         """Say what comes; write run.json, tokenizer.json and, for a new run, the first ckpt.pt."""
         from data import replacing
 
-        corpus, config, run = self.corpus, self.config, self.run
+        run, parts = self.run, [self.config, self.objective, self.run]
         with replacing(self.out_dir / "run.json", "w") as file:
-            json.dump(asdict(config) | asdict(self.objective) | asdict(run), file, indent=1)
-        corpus.tokenizer.save(self.out_dir / "tokenizer.json")
+            json.dump({k: v for part in parts for k, v in asdict(part).items()}, file, indent=1)
+        self.tokenizer.save(self.out_dir / "tokenizer.json")
         weights = sum(p.numel() for p in self.model.parameters())
         self.log.say(
-            f"data: {run.data}, {corpus.documents:,} document{'s' * (corpus.documents != 1)}; "
-            f"{len(corpus.train):,} tokens to train on, {len(corpus.validation):,} to validate; "
-            f"vocabulary of {config.vocab_size:,}",
+            f"data: {self.describe_data()}",
             f"model: {weights / 1e6:.2f} million parameters, on {self.device.type} in {run.dtype}; "
             f"{run.max_steps:,} steps of {run.rows} sequences",
         )
@@ -1046,7 +1356,7 @@ class Trainer:
             self.log.say(f"resumed at step {self.step}")
         else:
             self.save("ckpt.pt")
-        if run.init_from == "scratch":
+        if run.init_from != "resume":
             (self.out_dir / "best.pt").unlink(missing_ok=True)  # of an earlier run
 
     def save(self, name: str, weights_only: bool = False) -> None:
@@ -1056,7 +1366,8 @@ class Trainer:
         state = dict(
             name=NAME, step=self.step, best_loss=self.best,
             config=asdict(self.config), objective=asdict(self.objective), run=asdict(self.run),
-            documents=self.corpus.documents, model=self.model.state_dict(),
+            task=asdict(self.task) if self.task else None,
+            documents=self.corpus.documents if self.corpus else 0, model=self.model.state_dict(),
             pending=[(float(loss), tokens) for loss, tokens in self.pending],
         )
         if not weights_only:
@@ -1065,8 +1376,118 @@ class Trainer:
             torch.save(state, file)
 
 
+class Examples:
+    """Rows of a task's data, encoded; those that the task leaves out are left out."""
+
+    def __init__(
+        self, task: Task, rows: list[dict], tokenizer, config: Config, learned: list[dict]
+    ):
+        """learned: the rows that were learned from, to compare with."""
+        self.task, self.tokenizer, self.learned = task, tokenizer, learned
+        found = [(row, task.encode(row, tokenizer, config)) for row in rows]
+        self.rows = [row for row, example in found if example]
+        self.encoded = [example for _, example in found if example]
+        self.cropped = sum(example["cropped"] for example in self.encoded)
+        self.left_out = len(rows) - len(self.rows)
+        self.lengths = [example["length"] for example in self.encoded]
+
+    def batch(self, numbers, generator=None) -> dict:
+        """The examples of these numbers as tensors, padded to the longest of them. With a generator
+        as they are to be trained on."""
+        return self.task.collate([self.encoded[i] for i in numbers], self.tokenizer, generator)
+
+    def evaluate(self, model, autocast, size: int) -> tuple[dict[str, float], str]:
+        """val_loss and the task's own measures over all examples, `size` at once; a table."""
+        from data import in_order_of_length
+
+        groups = in_order_of_length(self.lengths, size)
+        found = evaluate(model, map(self.batch, groups), autocast)
+        with autocast:
+            measures, table = self.task.score(model, self, groups)
+        return found | measures, table
+
+
+def task_rows(source: str) -> dict[str, list[dict]]:
+    """{"train": rows, "validation": rows} of a source; of "", the demonstration."""
+    import data
+
+    if source:
+        return data.read_examples(source, Task.columns, Task.optional)
+    return {
+        part: [Task.demonstration(story) | {"place": story["title"]} for story in found]
+        for part, found in data.stories().items()
+    }
+
+
+class FineTuner(Trainer):
+    """A run that learns a task from examples, and stops when it only learns them by heart."""
+
+    unit, corpus = "loss on the examples", None
+
+    def __init__(self, run: FinetuneConfig, config, objective, checkpoint: dict, task: Task):
+        self.task = task
+        super().__init__(run, config, objective, checkpoint)
+
+    def open_data(self, run: FinetuneConfig, checkpoint: dict) -> int:
+        from data import Batches
+
+        self.tokenizer, parts = checkpoint["tokenizer"], task_rows(run.data)
+        self.config = self.task.fit(self.config, parts)
+        if run.dropout is not None:
+            self.config = replace(self.config, dropout=run.dropout)
+        self.examples, self.held_out = (
+            Examples(self.task, parts[part], self.tokenizer, self.config, parts["train"])
+            for part in ("train", "validation")
+        )
+        if not self.examples.rows or not self.held_out.rows:
+            raise ValueError(f"{run.data}: no examples are left to learn from, or to hold out")
+        self.batches = Batches(self.examples.lengths, run.rows, run.seed)
+        return len(self.examples.rows)
+
+    def take_weights(self, run: FinetuneConfig, checkpoint: dict) -> None:
+        """The checkpoint's, but for those of another task; freeze what is not to change."""
+        weights, frozen = checkpoint["model"], self.task.prepare(self.model, run.freeze)
+        if run.init_from != "resume":
+            shapes = {name: tensor.shape for name, tensor in self.model.state_dict().items()}
+            weights = {
+                name: tensor for name, tensor in weights.items()
+                if not run.scratch and tensor.shape == shapes.get(name)
+            }
+        self.model.load_state_dict(weights, strict=run.init_from == "resume")
+        for module in frozen:
+            module.requires_grad_(False)
+
+    def draw_batch(self) -> dict:
+        generator = np.random.default_rng((self.run.seed, self.step))
+        return self.examples.batch(self.batches[self.step], generator)
+
+    def evaluate(self) -> dict[str, float]:
+        found, self.table = self.held_out.evaluate(self.model, self.autocast, self.run.batch_size)
+        return found
+
+    @property
+    def worn_out(self) -> bool:
+        """Whether the last `patience` evaluations found no lower loss."""
+        losses = [row["val_loss"] for row in self.log.rows if "val_loss" in row]
+        patience = self.run.patience
+        return 0 < patience < len(losses) and min(losses[-patience:]) >= min(losses[:-patience])
+
+    def demonstrate(self, length: int) -> str:
+        return self.task.demonstrate(self.model, self.held_out, length)
+
+    def describe_data(self) -> str:
+        learn, held_out = self.examples, self.held_out
+        notes = {"cropped": learn.cropped + held_out.cropped,
+                 "left out": learn.left_out + held_out.left_out}
+        return "; ".join([
+            f"{self.run.data or 'the stories of input.txt'}, {len(learn.rows):,} examples to learn "
+            f"from, {len(held_out.rows):,} held out",
+            *(f"{n:,} {what}" for what, n in notes.items() if n),
+        ])
+
+
 # --------------------------------------------------------------------------------------------------
-# 9. The command line
+# 10. The command line
 # --------------------------------------------------------------------------------------------------
 
 
@@ -1085,19 +1506,25 @@ class ExportConfig(RunConfig):
     to: str = ""  # the folder to write
 
 
+def last_checkpoint(folder: str) -> Path:
+    """Where a run that is to go on has its state. Raises ValueError where there is none."""
+    path = Path(folder) / "ckpt.pt"
+    if not path.exists():
+        raise ValueError(
+            f"nothing to resume in {folder}: no ckpt.pt; leave --init_from out, or set --out_dir"
+        )
+    return path
+
+
 def train_command(settings: dict, given: dict) -> int:
     """Train, from scratch, from a checkpoint's weights, or where a run was stopped."""
     import data
 
-    init_from, checkpoint = settings["init_from"], None
+    init_from, checkpoint, folder = settings["init_from"], None, settings["out_dir"]
     if init_from != "scratch":
-        folder = Path(settings["out_dir"])
-        if init_from == "resume" and not (folder / "ckpt.pt").exists():
-            raise ValueError(
-                f"nothing to resume in {folder}: no ckpt.pt; "
-                "train with --init_from scratch, or set --out_dir"
-            )
-        checkpoint, _ = open_model(folder / "ckpt.pt" if init_from == "resume" else init_from)
+        checkpoint, _ = open_model(last_checkpoint(folder) if init_from == "resume" else init_from)
+        if init_from == "resume" and checkpoint["task"]:
+            raise ValueError(f"{folder} holds a fine-tuning: go on with `finetune`")
         for name, value in checkpoint["config"].items():
             if name in given and given[name] != value and name != "dropout":
                 raise ValueError(
@@ -1107,23 +1534,56 @@ def train_command(settings: dict, given: dict) -> int:
         settings |= checkpoint["config"] | {k: v for k, v in given.items() if k == "dropout"}
         if init_from == "resume":
             settings |= checkpoint["objective"] | checkpoint["run"] | given
-            settings["out_dir"] = str(folder)  # also when it has been moved since
+            settings["out_dir"] = folder  # also when it has been moved since
     config, objective, run = (
         data.build(cls, settings) for cls in (Config, ObjectiveConfig, TrainConfig)
     )
-    trainer = Trainer(run, config, objective, checkpoint)
+    return finish(Trainer(run, config, objective, checkpoint), "")
+
+
+def finetune_command(settings: dict, given: dict) -> int:
+    """Teach a trained or a published model a task, by examples."""
+    import data
+
+    init_from, folder = settings["init_from"], settings["out_dir"]
+    resuming = init_from == "resume"
+    if not resuming and Path(folder).resolve() in (Path(init_from).resolve(),
+                                                   Path(init_from).resolve().parent):
+        raise ValueError(f"{folder} holds the model to start from: set another --out_dir")
+    checkpoint, _ = open_model(last_checkpoint(folder) if resuming else init_from)
+    if resuming and not checkpoint["task"]:
+        raise ValueError(f"{folder} holds a pretraining: go on with `train`")
+    large = checkpoint["config"]["n_embd"] >= 512
+    settings |= FINETUNING["published" if large else "laptop"]
+    if resuming:
+        settings |= checkpoint["task"] | checkpoint["run"] | {"out_dir": folder}
+    settings |= given | {"init_from": init_from}
+    if "max_steps" in given and "epochs" not in given:
+        settings["epochs"] = 0.0
+    run, task = (data.build(cls, settings) for cls in (FinetuneConfig, Task))
+    config, objective = Config(**checkpoint["config"]), ObjectiveConfig(**checkpoint["objective"])
+    return finish(FineTuner(run, config, objective, checkpoint, task), "finetune ")
+
+
+def finish(trainer: Trainer, command: str) -> int:
+    """Train to the end, or to Ctrl-C, and say what can be done next."""
+    run = trainer.run
     again = "" if run.out_dir == f"out/{NAME}" else f" --out_dir {run.out_dir}"
     if not trainer.train():
         trainer.log.say(
-            f"stopped at step {trainer.step}. To go on: python {NAME}.py --init_from resume{again}"
+            f"stopped at step {trainer.step}. "
+            f"To go on: python {NAME}.py {command}--init_from resume{again}"
         )
         return 130
+    if trainer.worn_out:
+        trainer.log.say(
+            "the held-out loss no longer falls: stopped; best.pt has the best of it")
     trainer.log.say(
         *("", trainer.show(400).strip(), ""),
         f"Done: {run.out_dir} holds the checkpoints, log.jsonl and loss.svg. Try next:",
         f"  python {NAME}.py generate{again}",
         f"  python {NAME}.py eval{again}",
-        f"  python {NAME}.py --init_from resume --max_steps {2 * trainer.run.max_steps}{again}",
+        f"  python {NAME}.py {command}--init_from resume --max_steps {2 * run.max_steps}{again}",
     )
     return 0
 
@@ -1177,11 +1637,11 @@ def open_model(path):
         checkpoint, model = data.load_checkpoint(
             file, NAME, lambda config: Model(Config(**config)))
         data.say(f"{file}: step {checkpoint['step']}")
-        return checkpoint, model
+        return {"task": None, **checkpoint}, model
     model = from_pretrained(path)
     return dict(
         step=0, config=asdict(model.config), objective=asdict(ObjectiveConfig()),
-        run=asdict(TrainConfig()), documents=1, model=model.state_dict(),
+        run=asdict(TrainConfig()), task=None, documents=1, model=model.state_dict(),
         tokenizer=Tokenizer.from_pretrained(path),
     ), model
 
@@ -1203,14 +1663,25 @@ def eval_command(settings: dict, given: dict) -> int:
 
     options = data.build(EvalConfig, settings)
     model, checkpoint, device, dtype = load_model(options)
-    source = options.data or checkpoint["run"]["data"]
+    source, autocast = options.data or checkpoint["run"]["data"], data.autocast_to(dtype, device)
     config = Config(**checkpoint["config"])
+    if checkpoint["task"]:
+        task = Task(**checkpoint["task"])
+        parts = task_rows(source)
+        if Path(source).is_file() and source != checkpoint["run"]["data"]:  # all of it is new
+            parts["validation"] += parts["train"]
+        examples = Examples(
+            task, parts["validation"], checkpoint["tokenizer"], config, parts["train"])
+        row, table = examples.evaluate(model, autocast, options.batch_size)
+        data.say(*table.splitlines())
+        print(json.dumps({"step": checkpoint["step"], **row}))
+        return 0
     objective = data.build(ObjectiveConfig, checkpoint["objective"])
     corpus = data.prepare(
         source, config.vocab_size, SPECIAL_TOKENS, SEPARATOR, checkpoint["tokenizer"]
     )
     batches = eval_batches(corpus, config, objective, options.batch_size)
-    row = {"step": checkpoint["step"], **evaluate(model, batches, data.autocast_to(dtype, device))}
+    row = {"step": checkpoint["step"], **evaluate(model, batches, autocast)}
     print(json.dumps(row | {"perplexity": math.exp(min(row[TOKEN_LOSS], 700))}))
     return 0
 
@@ -1276,11 +1747,12 @@ def bench_command(settings: dict, given: dict) -> int:
 
 COMMANDS = {
     "train": (train_command, (Config, ObjectiveConfig, TrainConfig)),
+    "finetune": (finetune_command, (FinetuneConfig, Task)),
     "generate": (generate_command, (GenerateConfig, RunConfig)),
     "eval": (eval_command, (EvalConfig,)),
     "export": (export_command, (ExportConfig,)),
     "bench": (bench_command, (Config, ObjectiveConfig, TrainConfig)),
-}
+} | OWN_COMMANDS
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -42,6 +42,7 @@ import re
 import statistics
 import sys
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -867,7 +868,7 @@ T5.generate = generate
 class GenerateConfig:
     """What to fill, and how freely."""
 
-    prompt: str = "The cat sat on the <extra_id_0>."  # a text whose gaps are numbered from 0 on
+    prompt: str = ""  # a text whose gaps are numbered from 0 on; of a fine-tuned model, a source
     max_new_tokens: int = 64  # how many tokens at most, for all gaps together
     temperature: float = 0.0  # 0 always the likeliest token; up to 1 and beyond more daring
     top_k: int = 0  # choose among the k likeliest tokens (0: among all)
@@ -923,26 +924,37 @@ def gap_contents(target: list[int], sentinels, eos_id: int) -> dict[int, list[in
 
 def write_samples(model: T5, checkpoint: dict, options: GenerateConfig) -> None:
     """What `generate` prints on standard output: the prompt with its gaps filled, or to a prompt
-    without gaps (for models that were trained to answer) the target as it stands."""
-    from data import say
+    without gaps (for models that were trained to answer) the target as it stands; of a fine-tuned
+    model, the target for the prompt, or for each source that is typed."""
+    from data import prompts, say
 
-    tokenizer, config = checkpoint["tokenizer"], model.config
-    ids, sentinels = encode_prompt(options.prompt, tokenizer), set(sentinel_ids(tokenizer).tolist())
+    tokenizer = checkpoint["tokenizer"]
+
+    def write(ids: list[int]) -> list[list[int]]:
+        src = torch.tensor([ids] * options.num_samples, device=next(model.parameters()).device)
+        return model.generate(
+            src, options.max_new_tokens, options.temperature, options.top_k or None, options.top_p,
+            options.beams,
+        ).tolist()
+
+    def plain(target: list[int]) -> str:
+        ends = model.config.pad_id, model.config.eos_id
+        return tokenizer.decode([token for token in target if token not in ends]).strip()
+
+    if checkpoint["task"]:
+        task = Task(**checkpoint["task"])
+        for prompt in prompts(options.prompt):
+            ids, _ = task.encode_source(prompt, tokenizer)
+            print("\n\n".join(map(plain, write(ids))))
+        return
+    ids = encode_prompt(options.prompt or "The cat sat on the <extra_id_0>.", tokenizer)
+    sentinels, texts = set(sentinel_ids(tokenizer).tolist()), []
     if sentinels.isdisjoint(ids):
         say("the prompt has no gap like <extra_id_0>: this is the model's answer to it")
-    src = torch.tensor([ids] * options.num_samples, device=next(model.parameters()).device)
-    targets = model.generate(
-        src, options.max_new_tokens, options.temperature, options.top_k or None, options.top_p,
-        options.beams,
-    )
-    texts = []
-    for target in targets.tolist():
-        if sentinels.isdisjoint(ids):
-            text = [token for token in target if token not in (config.pad_id, config.eos_id)]
-        else:
-            contents = gap_contents(target, sentinels, config.eos_id)
-            text = sum((contents.get(token, [token]) for token in ids[:-1]), [])
-        texts.append(tokenizer.decode(text))
+    for target in write(ids):
+        contents = gap_contents(target, sentinels, model.config.eos_id)
+        filled = sum((contents.get(token, [token]) for token in ids[:-1]), [])
+        texts.append(plain(target) if sentinels.isdisjoint(ids) else tokenizer.decode(filled))
     print("\n\n".join(texts))
 
 
@@ -1073,7 +1085,180 @@ def from_published(found: dict, names: set[str]) -> T5Config:
 
 
 # --------------------------------------------------------------------------------------------------
-# 8. Training: from here on the three model files are the same, letter by letter
+# 8. Fine-tuning: turn a source into a target
+# --------------------------------------------------------------------------------------------------
+
+FINETUNING = {  # settings that go with a model's size
+    "laptop": dict(epochs=6.0, batch_size=16, optimizer="adamw", lr=0.002, drop_prob=0.5),
+    "published": dict(batch_size=8, optimizer="adamw", lr=1e-4, warmup_steps=50),
+}
+
+
+@dataclass
+class Task:
+    """Turn a source into a target: text to text, whatever the task (Raffel, 2.4). A prefix such as
+    "summarize: " tells a model that knows several tasks which one is meant."""
+
+    task_prefix: str = ""  # what stands before each source
+    source_length: int = 512  # tokens of a source that are kept, </s> included
+    drop_prob: float = 0.0  # share of a source's tokens that are left out in training, by chance
+    target_length: int = 128  # tokens of a target that are kept, and written at most
+    beams: int = 1  # how many beginnings are followed at once where targets are written to compare
+
+    columns, optional = ("source", "target"), ()
+
+    def __post_init__(self):
+        if min(self.source_length, self.target_length) < 2 or self.beams < 1:
+            raise ValueError(
+                "source_length and target_length have to be at least 2, beams at least 1")
+
+    @staticmethod
+    def demonstration(story: dict) -> dict:
+        """A story -> its title."""
+        return dict(source=story["text"], target=story["title"])
+
+    def fit(self, config: Config, parts: dict) -> Config:
+        """The architecture for the task. (BERT gets a head with the labels.)"""
+        return config
+
+    def encode(self, row: dict, tokenizer, config: Config) -> dict:
+        """A row as src and tgt. What does not fit is cropped at its end."""
+        src, cropped = self.encode_source(row["source"], tokenizer)
+        tgt = tokenizer.encode(row["target"])
+        cropped |= len(tgt) >= self.target_length
+        tgt = [*tgt[: self.target_length - 1], config.eos_id]
+        return dict(src=src, tgt=tgt, length=len(src), cropped=cropped)
+
+    def encode_source(self, source: str, tokenizer) -> tuple[list[int], bool]:
+        """-> (the prefix, the source and </s> as tokens, whether it was cropped)"""
+        src = tokenizer.encode(self.task_prefix + source)
+        kept = [*src[: self.source_length - 1], tokenizer.special["</s>"]]
+        return kept, len(kept) <= len(src)
+
+    def collate(self, examples: list[dict], tokenizer, generator=None) -> dict:
+        """-> a batch: src (B, S), tgt (B, T), and where sources are padded src_mask (B, S)."""
+        from data import pad
+
+        sources, targets = ([example[name] for example in examples] for name in ("src", "tgt"))
+        if generator and self.drop_prob:
+            sources = [self.thin_out(source, generator) for source in sources]
+        batch = dict(src=pad(sources, 0), tgt=pad(targets, -100))
+        real = pad([[1] * len(source) for source in sources], 0) == 1
+        batch |= {} if real.all() else {"src_mask": real}
+        return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+    def thin_out(self, source: list[int], generator) -> list[int]:
+        """Leave tokens out, but not </s>: no source comes twice, so none is learned by heart."""
+        kept = generator.random(len(source)) >= self.drop_prob
+        kept[-1] = True
+        return np.array(source)[kept].tolist()
+
+    def write(self, model: T5, tokenizer, batch: dict, **options) -> list[str]:
+        """The targets that the model writes for the sources of a batch."""
+        device, ends = next(model.parameters()).device, (model.config.pad_id, model.config.eos_id)
+        mask = batch["src_mask"].to(device) if "src_mask" in batch else None
+        targets = model.generate(
+            batch["src"].to(device), self.target_length, src_mask=mask, **options)
+        return [
+            tokenizer.decode([token for token in target if token not in ends]).strip()
+            for target in targets.tolist()
+        ]
+
+    def score(self, model: T5, examples, groups) -> tuple[dict, str]:
+        """exact_match, token_f1 and rouge_l of what the model writes, means over all examples; a
+        table of these beside two answers that need no understanding."""
+        written, truth = [], []
+        for group in groups:
+            written += self.write(
+                model, examples.tokenizer, examples.batch(group), beams=self.beams)
+            truth += [examples.rows[i]["target"] for i in group]
+        found = mean_scores(written, truth)
+        order = np.concatenate(groups)
+        sources = [examples.rows[i]["source"] for i in order]
+        lines = [f"{'':<34}{'exact match':>12}{'token F1':>10}{'ROUGE-L':>10}"]
+        simple = simple_answers(sources, examples.learned)
+        for name, answers in {"the model": written, **simple}.items():
+            exact, f1, rouge = mean_scores(answers, truth).values()
+            lines.append(f"{name:<34}{exact:>12.1%}{f1:>10.3f}{rouge:>10.3f}")
+        return found, "\n".join(lines)
+
+    def prepare(self, model: T5, n: int) -> list[nn.Module]:
+        """What --freeze n keeps as it is: the embeddings and the lowest n blocks of both stacks."""
+        stacks = model.encoder, model.decoder
+        if n > max(len(stack.blocks) for stack in stacks):
+            raise ValueError(f"--freeze {n}: the model has {len(model.encoder.blocks)} layers")
+        blocks = [block for stack in stacks for block in stack.blocks[:n]]
+        embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+        return [*embeddings, *blocks] if n else []
+
+    def demonstrate(self, model: T5, examples, length: int) -> str:
+        """Some held-out sources, what the model writes, and what was asked."""
+        lines = []
+        for i, row in enumerate(examples.rows[:3]):
+            written = self.write(model, examples.tokenizer, examples.batch([i]))[0]
+            text = " ".join(row["source"].split())
+            text = text if len(text) < length else text[:length].rpartition(" ")[0] + " ..."
+            lines.append(f"{text}\n    -> {written}   (it is: {row['target']})")
+        return "\n".join(lines)
+
+
+def words_of(text: str) -> list[str]:
+    """The words of a text as they are compared: in lower case, without punctuation."""
+    return re.findall(r"\w+", text.lower())
+
+
+def harmonic_mean(common: int, written: int, truth: int) -> float:
+    """F1 of `common` words out of so many written and so many true: 2 p r / (p + r)."""
+    return 2 * common / (written + truth) if written + truth else 1.0
+
+
+def token_f1(written: str, truth: str) -> float:
+    """How far the words are the same, in any order (Rajpurkar et al. 2016, 6.1)."""
+    ours, theirs = Counter(words_of(written)), Counter(words_of(truth))
+    return harmonic_mean((ours & theirs).total(), ours.total(), theirs.total())
+
+
+def rouge_l(written: str, truth: str) -> float:
+    """How far the words are the same, in order: by the longest series of words that both have, with
+    gaps allowed (Lin 2004, 3.1; F1 as in its usual implementation)."""
+    ours, theirs = words_of(written), words_of(truth)
+    longest = [0] * (len(theirs) + 1)  # of what was read of `ours` and theirs[:j]
+    for word in ours:
+        before = longest
+        longest = [0]
+        for j, other in enumerate(theirs):
+            longest.append(
+                before[j] + 1 if word == other else max(before[j + 1], longest[j]))
+    return harmonic_mean(longest[-1], len(ours), len(theirs))
+
+
+def mean_scores(written: list[str], truth: list[str]) -> dict[str, float]:
+    """Means of the three measures, each from 0 to 1."""
+    pairs, n = list(zip(written, truth)), len(truth)
+    return dict(
+        exact_match=sum(ours == theirs for ours, theirs in pairs) / n,
+        token_f1=sum(token_f1(*pair) for pair in pairs) / n,
+        rouge_l=sum(rouge_l(*pair) for pair in pairs) / n,
+    )
+
+
+def simple_answers(sources: list[str], learned: list[dict]) -> dict[str, list[str]]:
+    """What any model has to beat: always the word that most targets begin with, and that word with
+    the source's rarest word. Counts are those of the rows that were learned from."""
+    begins = Counter(row["target"].split()[0] for row in learned)
+    first = begins.most_common(1)[0][0]
+    seen_in = Counter(word for row in learned for word in set(words_of(row["source"])))
+    rarest = [min(words_of(source) or [""], key=lambda word: seen_in[word]) for source in sources]
+    return {
+        f'always "{first}"': [first] * len(sources),
+        f'"{first}" + the source\'s rarest word': [f"{first} {word}" for word in rarest],
+    }
+
+
+OWN_COMMANDS = {}  # that the other two do not have
+
+# --------------------------------------------------------------------------------------------------
+# 9. Training: from here on the three model files are the same, letter by letter
 # --------------------------------------------------------------------------------------------------
 
 
@@ -1106,17 +1291,17 @@ class TrainConfig(RunConfig):
     schedule: Literal["linear", "cosine"] = "linear"  # how it falls to zero afterwards
     grad_clip: float = 1.0  # largest norm of the gradient; longer ones are scaled down (0: never)
     log_interval: int = 10  # steps between two lines of the log
-    eval_interval: int = 100  # steps between two evaluations, each with a checkpoint
+    eval_interval: int = 100  # steps between two evaluations, each with a checkpoint (0: epoch)
     snapshot_interval: int = 0  # steps between two checkpoints that are kept for good (0: none)
     compile: bool = False  # torch.compile: pays on a GPU, in long runs
 
     def __post_init__(self):
-        for name in ("max_steps", "batch_size", "grad_accum", "log_interval", "eval_interval"):
+        for name in ("max_steps", "batch_size", "grad_accum", "log_interval"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} has to be at least 1")
         for name in (
             "seed", "epochs", "lr", "matrix_lr", "weight_decay",
-            "warmup_steps", "grad_clip", "snapshot_interval",
+            "warmup_steps", "grad_clip", "eval_interval", "snapshot_interval",
         ):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name} cannot be negative")
@@ -1124,6 +1309,28 @@ class TrainConfig(RunConfig):
     @property
     def rows(self) -> int:
         return self.batch_size * self.grad_accum  # sequences per step
+
+
+@dataclass
+class FinetuneConfig(TrainConfig):
+    """Which model learns from which examples, and how much of it may change."""
+
+    out_dir: str = f"out/{NAME}-finetuned"  # folder of this run
+    init_from: str = f"out/{NAME}"  # a run, a checkpoint, a folder, a published model, or resume
+    data: str = ""  # a .csv or .jsonl file, or a folder of two (default: out of input.txt)
+    epochs: float = 3.0  # passes over the examples, unless max_steps is given
+    log_interval: int = 5  # steps between two lines of the log
+    eval_interval: int = 0  # steps between two evaluations, each with a checkpoint (0: an epoch)
+    freeze: int = 0  # so many of the lowest layers, and the embeddings, stay as they are
+    patience: int = 3  # stop after so many evaluations without a lower held-out loss (0: never)
+    dropout: float | None = None  # share of activations zeroed in training (default: the model's)
+    scratch: bool = False  # forget the weights: what is learned without pretraining?
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("freeze", "patience"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name} cannot be negative")
 
 
 def orthogonalize(matrices, steps: int = 5):
@@ -1155,6 +1362,8 @@ class Muon(torch.optim.Optimizer):
         self.dtype = dtype  # of the Newton-Schulz products
         kinds = {}  # (kind, shape, size of its steps) -> parameters
         for name, p in model.named_parameters():
+            if not p.requires_grad:  # frozen
+                continue
             inner = p.ndim == 2 and not ("embedding" in name or "head" in name)
             if run.optimizer == "muon" and inner:
                 kind = "muon", (len(p) // getattr(p, "maps", 1), p.size(1))
@@ -1268,6 +1477,9 @@ class Trainer:
     had never been stopped, and a checkpoint has to hold no generator's state.
     """
 
+    unit = "loss per token"  # of the chart
+    task, worn_out = None, False  # see FineTuner
+
     def __init__(
         self, run: TrainConfig, config: Config, objective: ObjectiveConfig,
         checkpoint: dict | None = None,
@@ -1281,38 +1493,49 @@ class Trainer:
         self.dtype = data.choose_dtype(run.dtype, self.device)
         if self.device.type == "cpu":
             data.keep_freed_memory()
-        tokenizer = checkpoint["tokenizer"] if checkpoint else None
-        self.corpus = data.prepare(
-            run.data, config.vocab_size, SPECIAL_TOKENS, SEPARATOR, tokenizer
-        )
-        self.config = config if checkpoint else replace(
-            config, vocab_size=self.corpus.tokenizer.vocab_size)
-        self.objective = objective
-        epoch = rows_per_epoch(self.corpus, self.config, objective)
+        self.config, self.objective = config, objective
+        epoch = self.open_data(run, checkpoint)
         steps = max(math.ceil(run.epochs * epoch / run.rows), 1) if run.epochs else run.max_steps
         self.run = run = replace(
-            run, max_steps=steps, epochs=0.0, dtype=str(self.dtype).removeprefix("torch.")
+            run, max_steps=steps, epochs=0.0, dtype=str(self.dtype).removeprefix("torch."),
+            eval_interval=run.eval_interval or math.ceil(epoch / run.rows),
         )
 
         torch.manual_seed(run.seed)
         self.model = Model(self.config).to(self.device)
+        if checkpoint:
+            self.take_weights(run, checkpoint)
         self.optimizer = Muon(self.model, run, self.dtype)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.autocast = data.autocast_to(self.dtype, self.device)
         self.step, self.best = 0, math.inf
         self.pending = []  # loss and number of tokens of the steps since the last report
-        if checkpoint:
-            self.model.load_state_dict(checkpoint["model"])
-            if run.init_from == "resume":
-                self.step, self.best = checkpoint["step"], checkpoint["best_loss"]
-                self.pending = [
-                    (torch.tensor(loss, device=self.device), n) for loss, n in checkpoint["pending"]
-                ]
-                groups = self.optimizer.state_dict()["param_groups"]  # as the flags say now
-                self.optimizer.load_state_dict(checkpoint["optimizer"] | {"param_groups": groups})
-                self.scaler.load_state_dict(checkpoint["scaler"])
+        if run.init_from == "resume":
+            self.step, self.best = checkpoint["step"], checkpoint["best_loss"]
+            self.pending = [
+                (torch.tensor(loss, device=self.device), n) for loss, n in checkpoint["pending"]
+            ]
+            groups = self.optimizer.state_dict()["param_groups"]  # as the flags say now
+            self.optimizer.load_state_dict(checkpoint["optimizer"] | {"param_groups": groups})
+            self.scaler.load_state_dict(checkpoint["scaler"])
         self.compiled = torch.compile(self.model) if run.compile else self.model
         self.log = data.RunLog(self.out_dir, self.step if run.init_from == "resume" else None)
+
+    def open_data(self, run: TrainConfig, checkpoint: dict | None) -> int:
+        """Get what there is to learn from, and the tokenizer. Returns the rows of an epoch."""
+        import data
+
+        tokenizer = checkpoint["tokenizer"] if checkpoint else None
+        self.corpus = data.prepare(
+            run.data, self.config.vocab_size, SPECIAL_TOKENS, SEPARATOR, tokenizer
+        )
+        self.tokenizer = self.corpus.tokenizer
+        if not checkpoint:
+            self.config = replace(self.config, vocab_size=self.tokenizer.vocab_size)
+        return rows_per_epoch(self.corpus, self.config, self.objective)
+
+    def take_weights(self, run: TrainConfig, checkpoint: dict) -> None:
+        self.model.load_state_dict(checkpoint["model"])
 
     def train(self) -> bool:
         """Train to max_steps; False if Ctrl-C came first. Either way ckpt.pt is up to date."""
@@ -1322,7 +1545,7 @@ class Trainer:
         self.begin()
         with interrupts() as pressed:
             self.since = time.perf_counter()
-            while self.step < run.max_steps and not pressed:
+            while self.step < run.max_steps and not (pressed or self.worn_out):
                 self.pending.append(self.train_step())
                 self.step += 1
                 evaluating = self.step % run.eval_interval == 0 or self.step == run.max_steps
@@ -1335,9 +1558,10 @@ class Trainer:
                     self.evaluate_and_save()
                 if keeping:
                     self.save(f"ckpt_{self.step:06d}.pt")
-            if pressed and self.step < run.max_steps:
+            finished = self.step >= run.max_steps or self.worn_out
+            if not finished:
                 self.save("ckpt.pt")
-        return self.step >= run.max_steps
+        return finished
 
     def train_step(self) -> tuple[torch.Tensor, int]:
         """One step on its batch; returns the loss per token and how many tokens it read."""
@@ -1345,16 +1569,22 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = group["highest_lr"] * schedule(self.step, run)
         torch.manual_seed(hash((run.seed, self.step)))  # for dropout
-        batch = train_batch(self.corpus, self.config, self.objective, run, self.step)
+        batch = self.draw_batch()
         return (
             update(self.compiled, batch, self.optimizer, self.scaler, self.autocast, run),
             count_tokens(batch),
         )
 
+    def draw_batch(self) -> dict:
+        return train_batch(self.corpus, self.config, self.objective, self.run, self.step)
+
+    def evaluate(self) -> dict[str, float]:
+        batches = eval_batches(self.corpus, self.config, self.objective, self.run.batch_size)
+        return evaluate(self.model, batches, self.autocast)
+
     def evaluate_and_save(self) -> None:
         """Evaluate, log, show a sample; keep the weights if the best so far; save the state."""
-        batches = eval_batches(self.corpus, self.config, self.objective, self.run.batch_size)
-        found = evaluate(self.model, batches, self.autocast)
+        found = self.evaluate()
         self.check(found["val_loss"], self.step)
         self.log.write(step=self.step, **found)
         self.log.say("  ".join(
@@ -1366,7 +1596,7 @@ class Trainer:
             self.best = found["val_loss"]
             self.save("best.pt", weights_only=True)
         self.save("ckpt.pt")
-        self.log.draw(f"{NAME}: loss per token, {self.step} of {self.run.max_steps} steps")
+        self.log.draw(f"{NAME}: {self.unit}, {self.step} of {self.run.max_steps} steps")
         self.since = time.perf_counter()
 
     def show(self, length: int) -> str:
@@ -1374,7 +1604,18 @@ class Trainer:
         torch.manual_seed(self.run.seed)
         self.model.eval()
         with self.autocast:
-            return demonstrate(self.model, self.corpus, length)
+            return self.demonstrate(length)
+
+    def demonstrate(self, length: int) -> str:
+        return demonstrate(self.model, self.corpus, length)
+
+    def describe_data(self) -> str:
+        corpus = self.corpus
+        return (
+            f"{self.run.data}, {corpus.documents:,} document{'s' * (corpus.documents != 1)}; "
+            f"{len(corpus.train):,} tokens to train on, {len(corpus.validation):,} to validate; "
+            f"vocabulary of {self.config.vocab_size:,}"
+        )
 
     def report(self) -> None:
         """Log the mean loss since the last report. Raises ValueError if the run has come apart."""
@@ -1406,15 +1647,13 @@ class Trainer:
         """Say what comes; write run.json, tokenizer.json and, for a new run, the first ckpt.pt."""
         from data import replacing
 
-        corpus, config, run = self.corpus, self.config, self.run
+        run, parts = self.run, [self.config, self.objective, self.run]
         with replacing(self.out_dir / "run.json", "w") as file:
-            json.dump(asdict(config) | asdict(self.objective) | asdict(run), file, indent=1)
-        corpus.tokenizer.save(self.out_dir / "tokenizer.json")
+            json.dump({k: v for part in parts for k, v in asdict(part).items()}, file, indent=1)
+        self.tokenizer.save(self.out_dir / "tokenizer.json")
         weights = sum(p.numel() for p in self.model.parameters())
         self.log.say(
-            f"data: {run.data}, {corpus.documents:,} document{'s' * (corpus.documents != 1)}; "
-            f"{len(corpus.train):,} tokens to train on, {len(corpus.validation):,} to validate; "
-            f"vocabulary of {config.vocab_size:,}",
+            f"data: {self.describe_data()}",
             f"model: {weights / 1e6:.2f} million parameters, on {self.device.type} in {run.dtype}; "
             f"{run.max_steps:,} steps of {run.rows} sequences",
         )
@@ -1422,7 +1661,7 @@ class Trainer:
             self.log.say(f"resumed at step {self.step}")
         else:
             self.save("ckpt.pt")
-        if run.init_from == "scratch":
+        if run.init_from != "resume":
             (self.out_dir / "best.pt").unlink(missing_ok=True)  # of an earlier run
 
     def save(self, name: str, weights_only: bool = False) -> None:
@@ -1432,7 +1671,8 @@ class Trainer:
         state = dict(
             name=NAME, step=self.step, best_loss=self.best,
             config=asdict(self.config), objective=asdict(self.objective), run=asdict(self.run),
-            documents=self.corpus.documents, model=self.model.state_dict(),
+            task=asdict(self.task) if self.task else None,
+            documents=self.corpus.documents if self.corpus else 0, model=self.model.state_dict(),
             pending=[(float(loss), tokens) for loss, tokens in self.pending],
         )
         if not weights_only:
@@ -1441,8 +1681,118 @@ class Trainer:
             torch.save(state, file)
 
 
+class Examples:
+    """Rows of a task's data, encoded; those that the task leaves out are left out."""
+
+    def __init__(
+        self, task: Task, rows: list[dict], tokenizer, config: Config, learned: list[dict]
+    ):
+        """learned: the rows that were learned from, to compare with."""
+        self.task, self.tokenizer, self.learned = task, tokenizer, learned
+        found = [(row, task.encode(row, tokenizer, config)) for row in rows]
+        self.rows = [row for row, example in found if example]
+        self.encoded = [example for _, example in found if example]
+        self.cropped = sum(example["cropped"] for example in self.encoded)
+        self.left_out = len(rows) - len(self.rows)
+        self.lengths = [example["length"] for example in self.encoded]
+
+    def batch(self, numbers, generator=None) -> dict:
+        """The examples of these numbers as tensors, padded to the longest of them. With a generator
+        as they are to be trained on."""
+        return self.task.collate([self.encoded[i] for i in numbers], self.tokenizer, generator)
+
+    def evaluate(self, model, autocast, size: int) -> tuple[dict[str, float], str]:
+        """val_loss and the task's own measures over all examples, `size` at once; a table."""
+        from data import in_order_of_length
+
+        groups = in_order_of_length(self.lengths, size)
+        found = evaluate(model, map(self.batch, groups), autocast)
+        with autocast:
+            measures, table = self.task.score(model, self, groups)
+        return found | measures, table
+
+
+def task_rows(source: str) -> dict[str, list[dict]]:
+    """{"train": rows, "validation": rows} of a source; of "", the demonstration."""
+    import data
+
+    if source:
+        return data.read_examples(source, Task.columns, Task.optional)
+    return {
+        part: [Task.demonstration(story) | {"place": story["title"]} for story in found]
+        for part, found in data.stories().items()
+    }
+
+
+class FineTuner(Trainer):
+    """A run that learns a task from examples, and stops when it only learns them by heart."""
+
+    unit, corpus = "loss on the examples", None
+
+    def __init__(self, run: FinetuneConfig, config, objective, checkpoint: dict, task: Task):
+        self.task = task
+        super().__init__(run, config, objective, checkpoint)
+
+    def open_data(self, run: FinetuneConfig, checkpoint: dict) -> int:
+        from data import Batches
+
+        self.tokenizer, parts = checkpoint["tokenizer"], task_rows(run.data)
+        self.config = self.task.fit(self.config, parts)
+        if run.dropout is not None:
+            self.config = replace(self.config, dropout=run.dropout)
+        self.examples, self.held_out = (
+            Examples(self.task, parts[part], self.tokenizer, self.config, parts["train"])
+            for part in ("train", "validation")
+        )
+        if not self.examples.rows or not self.held_out.rows:
+            raise ValueError(f"{run.data}: no examples are left to learn from, or to hold out")
+        self.batches = Batches(self.examples.lengths, run.rows, run.seed)
+        return len(self.examples.rows)
+
+    def take_weights(self, run: FinetuneConfig, checkpoint: dict) -> None:
+        """The checkpoint's, but for those of another task; freeze what is not to change."""
+        weights, frozen = checkpoint["model"], self.task.prepare(self.model, run.freeze)
+        if run.init_from != "resume":
+            shapes = {name: tensor.shape for name, tensor in self.model.state_dict().items()}
+            weights = {
+                name: tensor for name, tensor in weights.items()
+                if not run.scratch and tensor.shape == shapes.get(name)
+            }
+        self.model.load_state_dict(weights, strict=run.init_from == "resume")
+        for module in frozen:
+            module.requires_grad_(False)
+
+    def draw_batch(self) -> dict:
+        generator = np.random.default_rng((self.run.seed, self.step))
+        return self.examples.batch(self.batches[self.step], generator)
+
+    def evaluate(self) -> dict[str, float]:
+        found, self.table = self.held_out.evaluate(self.model, self.autocast, self.run.batch_size)
+        return found
+
+    @property
+    def worn_out(self) -> bool:
+        """Whether the last `patience` evaluations found no lower loss."""
+        losses = [row["val_loss"] for row in self.log.rows if "val_loss" in row]
+        patience = self.run.patience
+        return 0 < patience < len(losses) and min(losses[-patience:]) >= min(losses[:-patience])
+
+    def demonstrate(self, length: int) -> str:
+        return self.task.demonstrate(self.model, self.held_out, length)
+
+    def describe_data(self) -> str:
+        learn, held_out = self.examples, self.held_out
+        notes = {"cropped": learn.cropped + held_out.cropped,
+                 "left out": learn.left_out + held_out.left_out}
+        return "; ".join([
+            f"{self.run.data or 'the stories of input.txt'}, {len(learn.rows):,} examples to learn "
+            f"from, {len(held_out.rows):,} held out",
+            *(f"{n:,} {what}" for what, n in notes.items() if n),
+        ])
+
+
 # --------------------------------------------------------------------------------------------------
-# 9. The command line
+# 10. The command line
 # --------------------------------------------------------------------------------------------------
 
 
@@ -1461,19 +1811,25 @@ class ExportConfig(RunConfig):
     to: str = ""  # the folder to write
 
 
+def last_checkpoint(folder: str) -> Path:
+    """Where a run that is to go on has its state. Raises ValueError where there is none."""
+    path = Path(folder) / "ckpt.pt"
+    if not path.exists():
+        raise ValueError(
+            f"nothing to resume in {folder}: no ckpt.pt; leave --init_from out, or set --out_dir"
+        )
+    return path
+
+
 def train_command(settings: dict, given: dict) -> int:
     """Train, from scratch, from a checkpoint's weights, or where a run was stopped."""
     import data
 
-    init_from, checkpoint = settings["init_from"], None
+    init_from, checkpoint, folder = settings["init_from"], None, settings["out_dir"]
     if init_from != "scratch":
-        folder = Path(settings["out_dir"])
-        if init_from == "resume" and not (folder / "ckpt.pt").exists():
-            raise ValueError(
-                f"nothing to resume in {folder}: no ckpt.pt; "
-                "train with --init_from scratch, or set --out_dir"
-            )
-        checkpoint, _ = open_model(folder / "ckpt.pt" if init_from == "resume" else init_from)
+        checkpoint, _ = open_model(last_checkpoint(folder) if init_from == "resume" else init_from)
+        if init_from == "resume" and checkpoint["task"]:
+            raise ValueError(f"{folder} holds a fine-tuning: go on with `finetune`")
         for name, value in checkpoint["config"].items():
             if name in given and given[name] != value and name != "dropout":
                 raise ValueError(
@@ -1483,23 +1839,56 @@ def train_command(settings: dict, given: dict) -> int:
         settings |= checkpoint["config"] | {k: v for k, v in given.items() if k == "dropout"}
         if init_from == "resume":
             settings |= checkpoint["objective"] | checkpoint["run"] | given
-            settings["out_dir"] = str(folder)  # also when it has been moved since
+            settings["out_dir"] = folder  # also when it has been moved since
     config, objective, run = (
         data.build(cls, settings) for cls in (Config, ObjectiveConfig, TrainConfig)
     )
-    trainer = Trainer(run, config, objective, checkpoint)
+    return finish(Trainer(run, config, objective, checkpoint), "")
+
+
+def finetune_command(settings: dict, given: dict) -> int:
+    """Teach a trained or a published model a task, by examples."""
+    import data
+
+    init_from, folder = settings["init_from"], settings["out_dir"]
+    resuming = init_from == "resume"
+    if not resuming and Path(folder).resolve() in (Path(init_from).resolve(),
+                                                   Path(init_from).resolve().parent):
+        raise ValueError(f"{folder} holds the model to start from: set another --out_dir")
+    checkpoint, _ = open_model(last_checkpoint(folder) if resuming else init_from)
+    if resuming and not checkpoint["task"]:
+        raise ValueError(f"{folder} holds a pretraining: go on with `train`")
+    large = checkpoint["config"]["n_embd"] >= 512
+    settings |= FINETUNING["published" if large else "laptop"]
+    if resuming:
+        settings |= checkpoint["task"] | checkpoint["run"] | {"out_dir": folder}
+    settings |= given | {"init_from": init_from}
+    if "max_steps" in given and "epochs" not in given:
+        settings["epochs"] = 0.0
+    run, task = (data.build(cls, settings) for cls in (FinetuneConfig, Task))
+    config, objective = Config(**checkpoint["config"]), ObjectiveConfig(**checkpoint["objective"])
+    return finish(FineTuner(run, config, objective, checkpoint, task), "finetune ")
+
+
+def finish(trainer: Trainer, command: str) -> int:
+    """Train to the end, or to Ctrl-C, and say what can be done next."""
+    run = trainer.run
     again = "" if run.out_dir == f"out/{NAME}" else f" --out_dir {run.out_dir}"
     if not trainer.train():
         trainer.log.say(
-            f"stopped at step {trainer.step}. To go on: python {NAME}.py --init_from resume{again}"
+            f"stopped at step {trainer.step}. "
+            f"To go on: python {NAME}.py {command}--init_from resume{again}"
         )
         return 130
+    if trainer.worn_out:
+        trainer.log.say(
+            "the held-out loss no longer falls: stopped; best.pt has the best of it")
     trainer.log.say(
         *("", trainer.show(400).strip(), ""),
         f"Done: {run.out_dir} holds the checkpoints, log.jsonl and loss.svg. Try next:",
         f"  python {NAME}.py generate{again}",
         f"  python {NAME}.py eval{again}",
-        f"  python {NAME}.py --init_from resume --max_steps {2 * trainer.run.max_steps}{again}",
+        f"  python {NAME}.py {command}--init_from resume --max_steps {2 * run.max_steps}{again}",
     )
     return 0
 
@@ -1553,11 +1942,11 @@ def open_model(path):
         checkpoint, model = data.load_checkpoint(
             file, NAME, lambda config: Model(Config(**config)))
         data.say(f"{file}: step {checkpoint['step']}")
-        return checkpoint, model
+        return {"task": None, **checkpoint}, model
     model = from_pretrained(path)
     return dict(
         step=0, config=asdict(model.config), objective=asdict(ObjectiveConfig()),
-        run=asdict(TrainConfig()), documents=1, model=model.state_dict(),
+        run=asdict(TrainConfig()), task=None, documents=1, model=model.state_dict(),
         tokenizer=Tokenizer.from_pretrained(path),
     ), model
 
@@ -1579,14 +1968,25 @@ def eval_command(settings: dict, given: dict) -> int:
 
     options = data.build(EvalConfig, settings)
     model, checkpoint, device, dtype = load_model(options)
-    source = options.data or checkpoint["run"]["data"]
+    source, autocast = options.data or checkpoint["run"]["data"], data.autocast_to(dtype, device)
     config = Config(**checkpoint["config"])
+    if checkpoint["task"]:
+        task = Task(**checkpoint["task"])
+        parts = task_rows(source)
+        if Path(source).is_file() and source != checkpoint["run"]["data"]:  # all of it is new
+            parts["validation"] += parts["train"]
+        examples = Examples(
+            task, parts["validation"], checkpoint["tokenizer"], config, parts["train"])
+        row, table = examples.evaluate(model, autocast, options.batch_size)
+        data.say(*table.splitlines())
+        print(json.dumps({"step": checkpoint["step"], **row}))
+        return 0
     objective = data.build(ObjectiveConfig, checkpoint["objective"])
     corpus = data.prepare(
         source, config.vocab_size, SPECIAL_TOKENS, SEPARATOR, checkpoint["tokenizer"]
     )
     batches = eval_batches(corpus, config, objective, options.batch_size)
-    row = {"step": checkpoint["step"], **evaluate(model, batches, data.autocast_to(dtype, device))}
+    row = {"step": checkpoint["step"], **evaluate(model, batches, autocast)}
     print(json.dumps(row | {"perplexity": math.exp(min(row[TOKEN_LOSS], 700))}))
     return 0
 
@@ -1652,11 +2052,12 @@ def bench_command(settings: dict, given: dict) -> int:
 
 COMMANDS = {
     "train": (train_command, (Config, ObjectiveConfig, TrainConfig)),
+    "finetune": (finetune_command, (FinetuneConfig, Task)),
     "generate": (generate_command, (GenerateConfig, RunConfig)),
     "eval": (eval_command, (EvalConfig,)),
     "export": (export_command, (ExportConfig,)),
     "bench": (bench_command, (Config, ObjectiveConfig, TrainConfig)),
-}
+} | OWN_COMMANDS
 
 
 def main(arguments: list[str] | None = None) -> int:

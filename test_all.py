@@ -2693,6 +2693,396 @@ def test_models_and_folders_that_are_something_else(script, stories, capsys):
 
 
 # --------------------------------------------------------------------------------------------------
+# Fine-tuning: tables, tasks, runs
+# --------------------------------------------------------------------------------------------------
+
+
+def table(name: str, content) -> Path:
+    Path(name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return Path(name)
+
+
+PAIRS = ("prompt", "response")
+
+
+def test_tables_as_people_save_them(capsys):
+    path = table("a.csv", b'\xef\xbb\xbfprompt,response,rating\r\n"Say ""hi"", now",hi,5\r\n\r\n'
+                          b'"two\r\nlines", spaces \t,1\r\n')
+    rows = data.read_table(path, PAIRS, ("rating",))
+    assert rows == [
+        dict(prompt='Say "hi", now', response="hi", rating="5", place="a.csv, row 2"),
+        dict(prompt="two\r\nlines", response="spaces", rating="1", place="a.csv, row 3")]
+    assert capsys.readouterr().err == ""
+    assert data.read_table(path, PAIRS)[0].keys() == {"prompt", "response", "place"}
+    assert "passed over the column rating" in capsys.readouterr().err
+    path = table("b.jsonl", '{"text": "é\\n", "label": 1}\n\n{"label": "two", "text": "b"}\n')
+    assert data.read_table(path, ("text", "label")) == [
+        dict(text="é", label="1", place="b.jsonl, line 1"),
+        dict(text="b", label="two", place="b.jsonl, line 3")]
+
+
+@pytest.mark.parametrize("name, content, problem", [
+    ("a.csv", "prompt,answer\na,b\n", "a.csv has no column 'response': .* 'prompt', 'answer'"),
+    ("a.csv", "prompt;response\na;b\n", "has no column 'prompt': .*'prompt;response'"),
+    ("a.csv", "prompt,response\na,b\nc, \n", "a.csv, row 3: the column 'response' is empty"),
+    ("a.csv", "prompt,response\na\n", "row 2: the column 'response' is empty"),
+    ("a.csv", "prompt,response\na,b,c\n", "row 2: 3 cells under 2 columns"),
+    ("a.csv", "prompt,prompt\na,b\n", "the column 'prompt' twice"),
+    ("a.csv", 'prompt,response\n"a,b\n', "a.csv, line 2: unexpected end of data"),
+    ("a.csv", "prompt,response,rating\na,b,5\na,b,\n", "row 3: the column 'rating' is empty"),
+    ("a.csv", b"prompt,response\na,\xe9\n", "a.csv is not UTF-8 text"),
+    ("a.csv", "prompt,response\n", "a.csv has no rows"),
+    ("a.csv", "", "a.csv has no rows"),
+    ("a.jsonl", '{"prompt": "a", "response": "b"}\n{"prompt": "a"}\n', "line 2: .*response. is empty"),
+    ("a.jsonl", '{"prompt": "a", "response": ["b"]}\n', "a.jsonl, line 1: 'response' is no text"),
+    ("a.jsonl", '{"prompt": "a"\n', "a.jsonl, line 1: not a JSON object"),
+    ("a.txt", "prompt,response\n", "a.txt is no .csv or .jsonl file"),
+])
+def test_tables_that_cannot_be_used(name, content, problem):
+    with pytest.raises(ValueError, match=problem) as caught:
+        data.read_table(table(name, content), PAIRS, ("rating",))
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_where_examples_are_held_out():
+    rows = [f"q{i},a{i}" for i in range(25)]
+    path = table("a.csv", "\n".join(["prompt,response", *rows]))
+    first, again = (data.read_examples(str(path), PAIRS) for _ in range(2))
+    assert first == again and [len(first[part]) for part in ("train", "validation")] == [22, 3]
+    both = first["train"] + first["validation"]
+    assert sorted(row["prompt"] for row in both) == sorted(f"q{i}" for i in range(25))
+    with pytest.raises(ValueError, match="a.csv has 1 row: it takes two"):
+        data.read_examples(str(table("a.csv", "prompt,response\na,b\n")), PAIRS)
+    Path("folder").mkdir()
+    table("folder/train.csv", "prompt,response\na,b\n")
+    with pytest.raises(ValueError, match="has no validation.csv"):
+        data.read_examples("folder", PAIRS)
+    table("folder/test.jsonl", '{"prompt": "c", "response": "d"}')
+    found = data.read_examples("folder", PAIRS)
+    assert [found[part][0]["prompt"] for part in ("train", "validation")] == ["a", "c"]
+
+
+def test_the_demonstration_holds_out_what_pretraining_held_out():
+    found, text = data.stories(), (ROOT / "input.txt").read_bytes()
+    assert [len(found[part]) for part in ("train", "validation")] == [936, 104]
+    held_out = text[data.split_point(ROOT / "input.txt"):].decode()
+    for part, inside in ("train", False), ("validation", True):
+        for story in found[part]:
+            header = f"Title: {story['title']}\nTopic: {story['topic']}\n\n{story['text']}\n{END}"
+            assert (header in held_out) == inside and "Title:" not in story["text"]
+
+
+def test_batches_take_each_row_once_an_epoch_and_pad_little():
+    lengths = np.random.default_rng(0).integers(1, 200, 1000)
+    batches = data.Batches(lengths, 16, seed=3)
+    assert len(batches) == 63
+    epochs = [[batches[63 * epoch + i].tolist() for i in range(63)] for epoch in range(2)]
+    for epoch in epochs:
+        assert sorted(sum(epoch, [])) == list(range(1000)) and max(map(len, epoch)) == 16
+        padded = sum(len(rows) * lengths[rows].max() for rows in epoch)
+        assert padded < 1.1 * lengths.sum()  # in order of arrival it is almost twice as much
+    assert epochs[0] != epochs[1]
+    assert data.Batches(lengths, 16, seed=3)[70].tolist() == epochs[1][7]  # from anywhere
+    assert data.pad([[1, 2], [], [3]], -1).tolist() == [[1, 2], [-1, -1], [3, -1]]
+
+
+def gradient_of(model, script, batch) -> list:
+    model.zero_grad()
+    loss, weight, _ = script.loss_sum(model, batch)
+    (loss / weight).backward()
+    return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+def byte_tokenizer(script) -> bpe.Tokenizer:
+    return bpe.Tokenizer.train("", 256 + len(script.SPECIAL_TOKENS), script.SPECIAL_TOKENS)
+
+
+def test_gpt_learns_from_the_response_alone_and_by_its_rating():
+    tokenizer, config = byte_tokenizer(gpt), gpt.GPTConfig(257, 24, 1, 2, 16)
+    model, task = gpt.GPT(config).double(), gpt.Task()
+
+    def batch(*rows):
+        names = "prompt", "response", "rating"
+        encoded = [task.encode(dict(zip(names, row)), tokenizer, config) for row in rows]
+        found = task.collate(encoded, tokenizer)
+        return found | {"weights": found["weights"].double()}
+
+    one = batch(("abc", "de"))
+    end = tokenizer.special[END]
+    assert one["idx"].tolist() == [[end, *tokenizer.encode("abc\nde")]]
+    assert one["targets"].tolist() == [[-100] * 4 + [*tokenizer.encode("de"), end]]
+    # The loss is that of the response, written down: - sum of log p.
+    chances = F.log_softmax(model(one["idx"])[0], dim=-1)[0]
+    expected = -sum(chances[4 + i, token] for i, token in enumerate([*tokenizer.encode("de"), end]))
+    loss, weight, _ = gpt.loss_sum(model, one)
+    assert abs(loss - expected) < 1e-9 and weight == 3
+    # What stands in the padding has no effect, and neither has what the prompt's targets would be.
+    both = batch(("abc", "de"), ("a", "x" * 12))
+    whole = gradient_of(model, gpt, both)
+    both["idx"][0, 7:] = 99
+    assert all(torch.equal(a, b) for a, b in zip(gradient_of(model, gpt, both), whole))
+    # Five times the rating is five times the row.
+    rated = gradient_of(model, gpt, batch(("abc", "de", "5"), ("a", "xyz", "1")))
+    repeated = gradient_of(model, gpt, batch(*[("abc", "de")] * 5, ("a", "xyz")))
+    assert all((a - b).abs().max() < 1e-12 for a, b in zip(rated, repeated))
+    assert any((a - b).abs().max() > 1e-4 for a, b in zip(
+        rated, gradient_of(model, gpt, batch(("abc", "de"), ("a", "xyz")))))
+    row = dict(prompt="a", response="b", rating="2", place="x.csv, row 7")
+    assert gpt.Task(min_rating=2.5).encode(row, tokenizer, config) is None
+    for rating in "9", "good", "nan", "0.5":
+        with pytest.raises(ValueError, match=f"x.csv, row 7: rating '{rating}' is no number"):
+            task.encode(row | {"rating": rating}, tokenizer, config)
+    # Too long: the prompt's end and as much of the response as fits beside half of the context.
+    long = batch(("p" * 40 + "q", "r" * 5), ("p" * 40, "r" * 40))
+    assert long["idx"].shape == (2, 24)
+    assert tokenizer.decode(long["idx"][0].tolist()) == "p" * 17 + "q\n" + "r" * 5
+    assert (long["targets"] != -100).sum(dim=1).tolist() == [6, 13]
+
+
+def test_bert_labels_a_padded_text_as_the_text_alone():
+    tokenizer = byte_tokenizer(bert)
+    config = bert.BERTConfig(260, 24, 2, 2, 16, n_labels=3)
+    model, task = randomised(bert.BERT(config), 0.3).double().eval(), bert.Task(labels=list("abc"))
+    rows = [dict(text="some words", label="a"), dict(text="x", label="c"),
+            dict(text="one", text_b="other", label="b")]
+    encoded = [task.encode(row, tokenizer, config) for row in rows]
+    batch = task.collate(encoded, tokenizer)
+    scores = model.classify(batch["idx"], batch["segments"], batch["mask"])
+    losses = 0
+    for i, (row, example) in enumerate(zip(rows, encoded)):
+        alone = task.collate([example], tokenizer)
+        assert "mask" not in alone
+        hidden = model.encode(alone["idx"], alone["segments"])[:, 0]
+        expected = model.label_head(torch.tanh(model.pooler(hidden)))
+        assert (scores[i] - expected).abs().max() < 1e-12
+        losses = losses - F.log_softmax(expected, dim=-1)[0, "abc".index(row["label"])]
+    loss, weight, _ = bert.loss_sum(model, batch)
+    assert abs(loss - losses) < 1e-9 and weight == 3
+    start, stop = (tokenizer.special[name] for name in ("[CLS]", "[SEP]"))
+    pair = [start, *tokenizer.encode("one"), stop, *tokenizer.encode("other"), stop]
+    assert batch["idx"][2, : len(pair)].tolist() == pair
+    assert batch["segments"][2].tolist() == [0] * 5 + [1] * 6 + [0]
+
+
+def test_bert_s_crops(script=bert):
+    lists = [[1] * n for n in range(40)]
+    for a in range(1, 40):
+        assert bert.Task.rooms([lists[a]], 24) == [min(a, 22)]
+        for b in range(1, 40):
+            first, second = bert.Task.rooms([lists[a], lists[b]], 24)
+            assert first + second == min(a + b, 21) and 1 <= first <= a and 1 <= second <= b
+            assert first == a or first >= second - 1  # the longer one gives way
+            assert second == b or second >= first - 1
+    tokenizer, config = byte_tokenizer(bert), bert.BERTConfig(260, 12, 1, 1, 8, n_labels=2)
+    task = bert.Task(labels=["x", "y"], mask_prob=0.2)
+    example = task.encode(dict(text="abcdefghijklmnopqrstuvwxyz", label="y"), tokenizer, config)
+    assert example["cropped"] and example["length"] == 12
+    kept = tokenizer.decode(task.collate([example], tokenizer)["idx"][0].tolist())
+    assert kept == "[CLS]abcdefghij[SEP]"
+    hidden = tokenizer.special["[MASK]"]
+    rows = task.collate([example] * 500, tokenizer, np.random.default_rng(0))["idx"]
+    share = (rows == hidden).sum().item() / (500 * 10)
+    assert abs(share - 0.2) < 0.03
+    begins = collections.Counter(
+        tokenizer.decode([token])
+        for token in rows[:, 1].tolist() if token != hidden)
+    assert set(begins) == set("abcdefghijklmnopq")  # windows begin everywhere they can
+
+
+def test_macro_f1_by_hand():
+    confusion = np.array([[8, 2, 0, 0], [1, 3, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0]])
+    found = bert.Task.measures(confusion)  # c is never guessed, d neither true nor guessed
+    precision, recall = [8 / 9, 3 / 6], [8 / 10, 3 / 4]
+    f1 = [2 * p * r / (p + r) for p, r in zip(precision, recall)]
+    assert found["accuracy"] == pytest.approx(11 / 15)
+    assert found["macro_f1"] == pytest.approx((f1[0] + f1[1] + 0) / 3)
+    lines = bert.Task(labels=["a", "b", "c", "d"]).table(confusion).splitlines()
+    assert [line.split() for line in lines[:3]] == [
+        ["guessed:", "a", "b", "c", "d"], ["a", "8", "2", ".", "."], ["b", "1", "3", ".", "."]]
+
+
+def test_t5_s_padded_targets_and_sources_change_nothing():
+    tokenizer = byte_tokenizer(t5)
+    config = t5.T5Config(358, 1, 2, 16, n_decoder_layer=2)
+    model, task = randomised(t5.T5(config), 0.3).double(), t5.Task("do: ", 12, 6)
+    rows = [dict(source="abc", target="de"), dict(source="abcdefghij", target="x"),
+            dict(source="z", target="uvwxyz")]
+    encoded = [task.encode(row, tokenizer, config) for row in rows]
+    assert [example["cropped"] for example in encoded] == [False, True, True]
+    assert tokenizer.decode(encoded[1]["src"][:-1]) == "do: abcdefg"
+    assert encoded[2]["tgt"] == [*tokenizer.encode("uvwxy"), 1]
+    batch = task.collate(encoded, tokenizer)
+    together = gradient_of(model, t5, batch)
+    loss, weight, _ = t5.loss_sum(model, batch)
+    parts = [t5.loss_sum(model, task.collate([example], tokenizer)) for example in encoded]
+    assert abs(loss - sum(part[0] for part in parts)) < 1e-9 and weight == 3 + 2 + 6
+    batch["src"][0, len(encoded[0]["src"]) :] = 77
+    assert all(torch.equal(a, b) for a, b in zip(gradient_of(model, t5, batch), together))
+
+
+def test_rouge_l_is_the_longest_common_series_of_words():
+    """Beside all series of words of the shorter text, tried one by one."""
+    draw = random.Random(0)
+    for _ in range(200):
+        ours, theirs = (draw.choices("abcd", k=draw.randrange(1, 8)) for _ in range(2))
+        longest = max(
+            n for n in range(len(ours) + 1) for series in itertools.combinations(ours, n)
+            if any(series == other for other in itertools.combinations(theirs, n)))
+        precision, recall = longest / len(ours), longest / len(theirs)
+        f1 = 2 * precision * recall / (precision + recall) if longest else 0
+        assert t5.rouge_l(" ".join(ours), " ".join(theirs)) == pytest.approx(f1)
+        common = sum(min(ours.count(word), theirs.count(word)) for word in "abcd")
+        expected = 2 * common / (len(ours) + len(theirs))
+        assert t5.token_f1(" ".join(ours), " ".join(theirs)) == pytest.approx(expected)
+    assert t5.rouge_l("The Lost Boat!", "the boat, lost") == pytest.approx(2 / 3)
+    assert t5.token_f1("The Lost Boat!", "the boat, lost") == 1
+    assert t5.mean_scores(["a b", "c"], ["a b", "d"]) == dict(
+        exact_match=0.5, token_f1=0.5, rouge_l=0.5)
+    learned = [dict(source=source, target=target) for source, target in (
+        ("a cat a", "The x"), ("a dog", "A y"), ("A cat", "The z"))]
+    answers = t5.simple_answers(["a cat", "a cat, dog", "a cat"], learned)
+    assert list(answers.values()) == [["The"] * 3, ["The cat", "The dog", "The cat"]]
+
+
+EXAMPLES = {  # for each script, a table whose answer shows in the source
+    "gpt": ("prompt,response", "say {0},{0} {0}"),
+    "bert": ("text,label", "a {0} here,{0}"),
+    "t5": ("source,target", "a {0} here,{0}"),
+}
+
+
+def examples_for(script, n=40) -> Path:
+    header, row = EXAMPLES[script.NAME]
+    lines = [row.format(("cat", "dog")[i % 2]) for i in range(n)]
+    return table("examples.csv", "\n".join([header, *lines]))
+
+
+@pytest.fixture
+def pretrained(script, stories):
+    """The folder of a short run."""
+    command(script, "--data", stories, *SMALL, "--max_steps", 2, "--out_dir", "before")
+    return "before"
+
+
+def test_a_fine_tuning_its_files_and_its_commands(script, pretrained, capsys):
+    examples = examples_for(script)
+    flags = ["finetune", "--init_from", pretrained, "--data", examples, "--batch_size", 8]
+    command(script, *flags, "--out_dir", "a", "--epochs", 2)
+    shown = capsys.readouterr()
+    assert shown.out == "" and "36 examples to learn from, 4 held out" in shown.err
+    rows = [json.loads(line) for line in Path("a/log.jsonl").read_text().splitlines()]
+    measures = dict(gpt=set(), bert={"accuracy", "macro_f1"},
+                    t5={"exact_match", "token_f1", "rouge_l"})[script.NAME]
+    evaluations = [row for row in rows if "val_loss" in row]
+    assert [row["step"] for row in evaluations] == [5, 9]  # each epoch, and the end
+    assert all(set(row) == {"step", "seconds", "val_loss"} | measures for row in evaluations)
+    command(script, "eval", "--out_dir", "a")
+    row = json.loads(capsys.readouterr().out)
+    assert set(row) == {"step", "val_loss"} | measures
+    best = min(evaluations, key=lambda row: row["val_loss"])
+    assert row["step"] == best["step"] and row["val_loss"] == pytest.approx(best["val_loss"])
+    command(script, "generate", "--out_dir", "a", "--prompt", "a cat here")
+    assert capsys.readouterr().out.strip() or script is not bert
+    # Stopped and resumed, it goes on as if nothing had happened.
+    short = [*flags, "--out_dir", "b", "--max_steps", 9]
+    command(script, *short[:-2], "--max_steps", 9, "--snapshot_interval", 4)
+    shutil.copy("b/ckpt_000004.pt", "b/ckpt.pt")
+    command(script, "finetune", "--init_from", "resume", "--out_dir", "b")
+    assert_same_run("a", "b")
+    assert "holds a fine-tuning" in mistake(script, capsys, "--init_from", "resume",
+                                            "--out_dir", "b")
+    assert "holds a pretraining" in mistake(
+        script, capsys, "finetune", "--init_from", "resume", "--out_dir", pretrained)
+    assert "set another --out_dir" in mistake(
+        script, capsys, *flags, "--out_dir", pretrained)
+
+
+def test_fine_tuning_learns(script, pretrained, capsys):
+    command(script, "finetune", "--init_from", pretrained, "--data", examples_for(script, 60),
+            "--out_dir", "a", "--batch_size", 16, "--epochs", 30, "--lr", 0.01, "--matrix_lr", 0.05,
+            "--eval_interval", 50, "--dropout", 0, *(("--mask_prob", 0) if script is bert else ()))
+    for word in "cat", "dog":
+        prompt = EXAMPLES[script.NAME][1].format(word).rpartition(",")[0]
+        greedy = () if script is bert else ("--temperature", 0)
+        command(script, "generate", "--out_dir", "a", "--prompt", prompt, *greedy)
+        assert capsys.readouterr().out.split()[0] == word
+
+
+def test_what_is_frozen_stays_and_without_progress_it_stops(script, pretrained):
+    before = weights_of(Path(pretrained) / "best.pt")
+    common = ["finetune", "--init_from", pretrained, "--data", examples_for(script),
+              "--eval_interval", 2]
+    command(script, *common, "--out_dir", "a", "--freeze", 1, "--max_steps", 2)
+    after = weights_of("a/ckpt.pt")
+    frozen = re.compile(
+        r"model\.((en|de)coder\.)?blocks\.0\.|model\.((en|de)coder\.)?\w+_embedding")
+    same = {name: torch.equal(before[name], after[name]) for name in before
+            if name in after and name.startswith("model.")}
+    assert all(same[name] for name in same if frozen.match(name))
+    assert sum(bool(frozen.match(name)) for name in same) > 8
+    assert not any(same[name] for name in same if "blocks.1." in name and "weight" in name)
+    command(script, *common, "--out_dir", "b", "--lr", 0, "--matrix_lr", 0, "--patience", 2)
+    rows = [json.loads(line) for line in Path("b/log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "val_loss" in row] == [2, 4, 6]
+
+
+def test_fine_tuning_s_mistakes(script, pretrained, capsys):
+    columns, row = EXAMPLES[script.NAME]
+    flags = ["finetune", "--init_from", pretrained, "--out_dir", "a"]
+    for content, problem in (
+        (f"{columns}\n{row.format('cat')}\n", "has 1 row: it takes two"),
+        ("a,b\nc,d\n", f"has no column '{columns.split(',')[0]}'"),
+    ):
+        assert problem in mistake(
+            script, capsys, *flags, "--data", table("x.csv", content))
+    assert "there is no file nothing.csv" in mistake(
+        script, capsys, *flags, "--data", "nothing.csv")
+    examples = examples_for(script)
+    assert "--freeze 9" in mistake(script, capsys, *flags, "--data", examples, "--freeze", 9)
+    assert not Path("a/ckpt.pt").exists()
+
+
+def test_labels_that_are_only_held_out_or_all_the_same(script=bert):
+    config = bert.BERTConfig(**TINY)
+    parts = dict(train=[dict(label="b"), dict(label="a")], validation=[dict(label="c")])
+    task = bert.Task()
+    assert task.fit(config, parts).n_labels == 3 and task.labels == ["a", "b", "c"]
+    with pytest.raises(ValueError, match="all examples have the label 'a'"):
+        bert.Task().fit(config, dict(train=[dict(label="a")], validation=[dict(label="a")]))
+    with pytest.raises(ValueError, match="x.csv, row 3: the label 'd' is none of a, b, c"):
+        task.encode(dict(text="t", label="d", place="x.csv, row 3"), byte_tokenizer(bert), config)
+
+
+def test_a_conversation(stories, capsys, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    assert list(data.prompts("given")) == ["given"]
+    monkeypatch.setattr(sys, "stdin", Terminal("first\n\n second \n"))
+    assert list(data.prompts("")) == ["first", "second"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("first\n"))
+    with pytest.raises(ValueError, match="say what, with --prompt"):
+        next(data.prompts(""))
+
+
+def test_the_ladder(stories, capsys):
+    command(gpt, "ladder", "--data", stories, "--max_steps", 4, "--batch_size", 2,
+            "--block_size", 8, "--out_dir", "l")
+    rows = json.loads(Path("l/ladder.json").read_text())
+    assert len(rows) == 12 and all(set(row) == {
+        "name", "parameters", "train_loss", "val_loss", "seconds", "sample"} for row in rows)
+    assert rows[0]["parameters"] == 2 * 257 * 64 and 1.1e6 < rows[-1]["parameters"] < 1.3e6
+    shown = capsys.readouterr().out
+    assert all(row["name"] in shown for row in rows)
+    tree = ElementTree.parse("l/ladder.svg")
+    lines = [node for node in tree.iter() if node.tag.endswith("polyline")]
+    assert len(lines) == 12 and len({line.get("stroke") for line in lines}) == 12
+    # Every step but the last, which brings all together, changes one thing.
+    assert [len(change) for _, change, _ in gpt.LADDER[2:-1]] == [1] * 9
+
+
+# --------------------------------------------------------------------------------------------------
 # The command line
 # --------------------------------------------------------------------------------------------------
 
@@ -2944,7 +3334,7 @@ def drifted(sources: dict[str, str]) -> list[str]:
     for name, source in sources.items():
         lines = source.splitlines(keepends=True)
         texts[name] = {}
-        rooms = re.search(r"^# -+\n# 8\. Training.*?(?=^@)", source, re.MULTILINE | re.DOTALL)
+        rooms = re.search(r"^# -+\n# 9\. Training.*?(?=^@)", source, re.MULTILINE | re.DOTALL)
         texts[name]["the heading of the training room"] = rooms[0]
         beyond = source[: rooms.end()].count("\n")
         end = beyond
@@ -2971,7 +3361,7 @@ def test_a_change_in_one_copy_is_a_drift():
     """Whichever twin is changed by one character, in whichever file: its name is reported."""
     sources = {name: (ROOT / name).read_text(encoding="utf-8") for name in MODEL_FILES}
     for name, source in sources.items():
-        begin = source.index("# 8. Training")
+        begin = source.index("# 9. Training")
         places = {label: re.search(rf"^(def |class )?{label}\b", source, re.MULTILINE).end()
                   for label in (*TWINS, "update", "Muon") if name in TWINS.get(label, MODEL_FILES)}
         places |= {f"a draw from the last rooms {i}": at for i, at in enumerate(
