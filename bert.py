@@ -18,6 +18,8 @@ labels. No text is generated; BERT is for understanding it.
     python bert.py                                  train on input.txt: 3 to 4 minutes on a laptop
     python bert.py generate --prompt "The cat sat on the [MASK]."     fill what is hidden
     python bert.py eval                             how many hidden tokens and pairs it gets right
+    python bert.py finetune                         learn to tell what a story is about
+    python bert.py finetune --data texts.csv        or your texts and labels; --data imdb
     python bert.py bench                            how fast this machine is at it
     python bert.py generate --init_from bert-base-uncased    the published weights (or a folder)
     python bert.py export --to FOLDER               what was trained, for transformers
@@ -26,7 +28,7 @@ labels. No text is generated; BERT is for understanding it.
 The lesson of this file is how to leave the plateau, on which the loss of a BERT that is trained
 from scratch may stay for hours: see `BERT.init_attention`. It reads from top to bottom:
 2 the configuration, 3 layers, 4 the model, 5 the objective, 6 generation, 7 published weights,
-8 training, 9 the command line. Copied alone into a project, this file still gives
+8 fine-tuning, 9 training, 10 the command line. Copied alone into a project, this file still gives
 `from bert import BERT, BERTConfig`; to train, it needs bpe.py (the tokenizer) and data.py (files,
 downloads, the log) beside it. To learn, change things: `--pos rotary` (which loss falls faster?),
 `--nsp false`, `--mask_prob 0.5`.
@@ -836,8 +838,9 @@ def to_published(config: BERTConfig) -> dict:
     if (config.pos, config.norm) != ("learned", "post"):
         raise ValueError(
             "BERT has learned positions and post-norm: transformers has no class for this variant")
+    kind = "PreTraining" if config.nsp else "MaskedLM"
     return dict(
-        architectures=["BertForPreTraining" if config.nsp else "BertForMaskedLM"],
+        architectures=[f"BertFor{'SequenceClassification' if config.n_labels else kind}"],
         model_type="bert", vocab_size=config.vocab_size, hidden_size=config.n_embd,
         num_hidden_layers=config.n_layer, num_attention_heads=config.n_head,
         intermediate_size=config.ff_width, hidden_act="gelu",
@@ -856,6 +859,7 @@ def from_published(found: dict, names: set[str]) -> BERTConfig:
         found["num_attention_heads"], found["hidden_size"], n_ff=found["intermediate_size"],
         dropout=found.get("hidden_dropout_prob", 0.1), n_segments=found.get("type_vocab_size", 2),
         nsp="cls.seq_relationship.weight" in names and "bert.pooler.dense.weight" in names,
+        n_labels=len(found.get("id2label", "")) if "classifier.weight" in names else 0,
     )
 
 
@@ -1083,7 +1087,7 @@ class FinetuneConfig(TrainConfig):
     init_from: str = f"out/{NAME}"  # a run, a checkpoint, a folder, a published model, or resume
     data: str = ""  # a .csv or .jsonl file, or a folder of two (default: out of input.txt)
     epochs: float = 3.0  # passes over the examples, unless max_steps is given
-    log_interval: int = 5  # steps between two lines of the log
+    log_interval: int = 20  # steps between two lines of the log
     eval_interval: int = 0  # steps between two evaluations, each with a checkpoint (0: an epoch)
     freeze: int = 0  # so many of the lowest layers, and the embeddings, stay as they are
     patience: int = 3  # stop after so many evaluations without a lower held-out loss (0: never)
@@ -1616,6 +1620,11 @@ def finetune_command(settings: dict, given: dict) -> int:
 
     init_from, folder = settings["init_from"], settings["out_dir"]
     resuming = init_from == "resume"
+    if "init_from" not in given and not Path(init_from).exists():
+        raise ValueError(
+            f"nothing to start from: there is no {init_from} yet. First `python {NAME}.py`, or "
+            "name a run, a checkpoint or a published model with --init_from"
+        )
     if not resuming and Path(folder).resolve() in (Path(init_from).resolve(),
                                                    Path(init_from).resolve().parent):
         raise ValueError(f"{folder} holds the model to start from: set another --out_dir")
@@ -1679,14 +1688,18 @@ def from_pretrained(name_or_folder) -> Model:
     return model.eval()
 
 
-def save_pretrained(model, folder) -> None:
+def save_pretrained(model, folder, labels=None) -> None:
     """Write config.json and model.safetensors, which `transformers` opens with the same results.
 
-    Raises ValueError for a variant that it has no class for, OSError where nothing can be written.
+    labels: names of what a fine-tuned model tells apart. Raises ValueError for a variant that it
+    has no class for, OSError where nothing can be written.
     """
     import data
 
     config = to_published(model.config)
+    if labels:
+        config["id2label"] = dict(enumerate(labels))
+        config["label2id"] = {label: i for i, label in enumerate(labels)}
     data.save_weights(folder, published_weights(model))
     with data.replacing(Path(folder) / "config.json", "w") as file:
         json.dump(config, file, indent=1)
@@ -1774,7 +1787,7 @@ def export_command(settings: dict, given: dict) -> int:
     if not options.to:
         raise ValueError("say which folder to write, with --to")
     model, checkpoint, _, _ = load_model(options)
-    model.save_pretrained(options.to)
+    model.save_pretrained(options.to, labels=(checkpoint["task"] or {}).get("labels"))
     data.save_tokenizer(checkpoint["tokenizer"], options.to, ROLES, TEMPLATE)
     data.say(f"{options.to} holds config.json, model.safetensors and tokenizer.json")
     return 0

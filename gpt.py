@@ -14,16 +14,19 @@ token of the vocabulary.
     python gpt.py                                  train on input.txt: 2 to 3 minutes on a laptop
     python gpt.py generate --prompt "Title: The"   write with what was trained
     python gpt.py eval                             loss and bits per byte on all validation text
+    python gpt.py finetune                         learn to answer requests for a story
+    python gpt.py finetune --data pairs.csv        or your prompts and responses
+    python gpt.py ladder                           from a bigram to a GPT, in twelve steps
     python gpt.py bench                            how fast this machine is at it
     python gpt.py generate --init_from gpt2        the published weights (or those in a folder)
     python gpt.py export --to FOLDER               what was trained, for transformers
     python gpt.py --help                           every flag
 
 It reads from top to bottom: 2 the configuration, 3 layers, 4 the model, 5 the objective,
-6 generation, 7 published weights, 8 training, 9 the command line. Copied alone into a project, this
-file still gives `from gpt import GPT, GPTConfig`; to train, it needs bpe.py (the tokenizer) and
-data.py (files, downloads, the log) beside it. To learn, change things: `--pos none` (which words
-suffer?), `--norm none`, `--n_head 1`.
+6 generation, 7 published weights, 8 fine-tuning and the ladder, 9 training, 10 the command line.
+Copied alone into a project, this file still gives `from gpt import GPT, GPTConfig`; to train, it
+needs bpe.py (the tokenizer) and data.py (files, downloads, the log) beside it. To learn, change
+things: `--pos none` (which words suffer?), `--norm none`, `--n_head 1`.
 
 Papers: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners" (GPT-2);
 Vaswani et al. 2017, https://arxiv.org/abs/1706.03762 (attention); Radford et al. 2018 (GPT).
@@ -845,11 +848,12 @@ LADDER = [  # name, what changes, and what to see
      "Four narrower heads look at four places at once, say the last letter and the one before it, "
      "for the same number of weights."),
     ("+ feed-forward", dict(n_ff=64),
-     "After the positions have exchanged what they know, each can think about it: a non-linear "
-     "function of several letters, where attention only takes means."),
+     "After the positions have exchanged what they know, each can think about it: something that "
+     "is not linear. But the result takes the place of what was fetched: there is hardly a gain, "
+     "and in a short run a loss."),
     ("three blocks", dict(n_layer=3),
-     "Deeper should be better. But each block passes on nothing but its own output: what the first "
-     "one saw has to survive two more, and the gradient the same way back."),
+     "Deeper should be better, and is much worse: each block passes on nothing but its own output. "
+     "What the first one saw has to survive two more, and the gradient the same way back."),
     ("+ residuals", dict(residual=True),
      "Each sublayer adds to a stream instead of replacing it. Tokens and gradients now have a "
      "direct way through: the same depth pays at last."),
@@ -858,15 +862,17 @@ LADDER = [  # name, what changes, and what to see
      "it knows by heart, are here."),
     ("post-LN", dict(norm="post"),
      "LayerNorm after each sublayer, as in the first transformer and in BERT: numbers stay in "
-     "range, but the stream is squeezed each time, and with it the direct way."),
+     "range, so steps can be long; but the direct way is bent at each of them."),
     ("pre-LN", dict(norm="pre"),
      "LayerNorm before each sublayer, as in GPT-2: sublayers get numbers in range, and the stream "
-     "itself is left alone."),
+     "itself is left alone. With three blocks that is much the same; with thirty only this one "
+     "trains without special care."),
     ("dropout", dict(dropout=0.1),
      "A tenth of the activations is zeroed, against learning by heart. In a run as short as this "
      "one nothing is learned by heart yet, so it only costs."),
     ("deeper", dict(n_layer=6),
-     "Twice the blocks, each a further round of looking back and thinking."),
+     "Twice the blocks, each a further round of looking back and thinking. What it can do shows "
+     "in longer runs; here it pays a little, for twice the time."),
     ("the full model", dict(n_embd=128, n_ff=512, dropout=0.0, pos="rotary", tie=True),
      "Twice as wide, without dropout; with rotary positions, by which a head sees distances, and "
      "one table for reading and writing tokens."),
@@ -941,7 +947,8 @@ def ladder_command(settings: dict, given: dict) -> int:
         print(f"{i:>2} {name:<19}{row['parameters']:>10,}{row['train_loss']:>10.3f}"
               f"{row['val_loss']:>12.3f}{row['seconds']:>9.1f}")
         print(textwrap.indent(textwrap.fill(why, 90), "     "))
-        print(textwrap.indent(row["sample"].strip("\n"), "     | ", lambda line: True), flush=True)
+        sample = " / ".join(line for line in row["sample"].splitlines() if line.strip())
+        print(textwrap.indent(textwrap.fill(sample, 88), "     | "), flush=True)
         with data.replacing(folder / "ladder.json", "w") as file:
             json.dump(rows, file, indent=1)
         with data.replacing(folder / "ladder.svg", "w") as file:
@@ -1014,7 +1021,7 @@ class FinetuneConfig(TrainConfig):
     init_from: str = f"out/{NAME}"  # a run, a checkpoint, a folder, a published model, or resume
     data: str = ""  # a .csv or .jsonl file, or a folder of two (default: out of input.txt)
     epochs: float = 3.0  # passes over the examples, unless max_steps is given
-    log_interval: int = 5  # steps between two lines of the log
+    log_interval: int = 20  # steps between two lines of the log
     eval_interval: int = 0  # steps between two evaluations, each with a checkpoint (0: an epoch)
     freeze: int = 0  # so many of the lowest layers, and the embeddings, stay as they are
     patience: int = 3  # stop after so many evaluations without a lower held-out loss (0: never)
@@ -1547,6 +1554,11 @@ def finetune_command(settings: dict, given: dict) -> int:
 
     init_from, folder = settings["init_from"], settings["out_dir"]
     resuming = init_from == "resume"
+    if "init_from" not in given and not Path(init_from).exists():
+        raise ValueError(
+            f"nothing to start from: there is no {init_from} yet. First `python {NAME}.py`, or "
+            "name a run, a checkpoint or a published model with --init_from"
+        )
     if not resuming and Path(folder).resolve() in (Path(init_from).resolve(),
                                                    Path(init_from).resolve().parent):
         raise ValueError(f"{folder} holds the model to start from: set another --out_dir")
@@ -1610,14 +1622,18 @@ def from_pretrained(name_or_folder) -> Model:
     return model.eval()
 
 
-def save_pretrained(model, folder) -> None:
+def save_pretrained(model, folder, labels=None) -> None:
     """Write config.json and model.safetensors, which `transformers` opens with the same results.
 
-    Raises ValueError for a variant that it has no class for, OSError where nothing can be written.
+    labels: names of what a fine-tuned model tells apart. Raises ValueError for a variant that it
+    has no class for, OSError where nothing can be written.
     """
     import data
 
     config = to_published(model.config)
+    if labels:
+        config["id2label"] = dict(enumerate(labels))
+        config["label2id"] = {label: i for i, label in enumerate(labels)}
     data.save_weights(folder, published_weights(model))
     with data.replacing(Path(folder) / "config.json", "w") as file:
         json.dump(config, file, indent=1)
@@ -1705,7 +1721,7 @@ def export_command(settings: dict, given: dict) -> int:
     if not options.to:
         raise ValueError("say which folder to write, with --to")
     model, checkpoint, _, _ = load_model(options)
-    model.save_pretrained(options.to)
+    model.save_pretrained(options.to, labels=(checkpoint["task"] or {}).get("labels"))
     data.save_tokenizer(checkpoint["tokenizer"], options.to, ROLES, TEMPLATE)
     data.say(f"{options.to} holds config.json, model.safetensors and tokenizer.json")
     return 0

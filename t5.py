@@ -16,6 +16,8 @@ how far apart two tokens are. Norms only scale, and no layer has a bias of its o
     python t5.py                                    train on input.txt: 4 to 5 minutes on a laptop
     python t5.py generate --prompt "The cat sat on the <extra_id_0>."         fill the gaps
     python t5.py eval                               the loss, and how many tokens of spans are right
+    python t5.py finetune                           learn to give a story a title
+    python t5.py finetune --data texts.csv          or your sources and targets
     python t5.py bench                              how fast this machine is at it
     python t5.py generate --init_from t5-small      the published weights (or those in a folder)
     python t5.py export --to FOLDER                 what was trained, for transformers
@@ -23,10 +25,10 @@ how far apart two tokens are. Norms only scale, and no layer has a bias of its o
 
 The lesson of this file is how source and target find each other: see `T5.init_attention`. It reads
 from top to bottom: 2 the configuration, 3 layers, 4 the model, 5 the objective, 6 generation,
-7 published weights, 8 training, 9 the command line. Copied alone into a project, this file still
-gives `from t5 import T5, T5Config`; to train, it needs bpe.py (the tokenizer) and data.py (files,
-downloads, the log) beside it. To learn, change things: `--mean_span 1` (is that easier?),
-`--corruption bernoulli`, `--n_decoder_layer 1`, `--act gated-gelu --tie false` (version 1.1).
+7 published weights, 8 fine-tuning, 9 training, 10 the command line. Copied alone into a project,
+this file still gives `from t5 import T5, T5Config`; to train, it needs bpe.py (the tokenizer) and
+data.py (files, downloads, the log) beside it. To learn, change things: `--mean_span 1` (is that
+easier?), `--corruption bernoulli`, `--n_decoder_layer 1`, `--act gated-gelu --tie false` (1.1).
 
 Papers: Raffel et al. 2020, https://arxiv.org/abs/1910.10683 (T5); Shazeer 2020,
 https://arxiv.org/abs/2002.05202 (gated feed-forwards); Vaswani et al. 2017,
@@ -1319,7 +1321,7 @@ class FinetuneConfig(TrainConfig):
     init_from: str = f"out/{NAME}"  # a run, a checkpoint, a folder, a published model, or resume
     data: str = ""  # a .csv or .jsonl file, or a folder of two (default: out of input.txt)
     epochs: float = 3.0  # passes over the examples, unless max_steps is given
-    log_interval: int = 5  # steps between two lines of the log
+    log_interval: int = 20  # steps between two lines of the log
     eval_interval: int = 0  # steps between two evaluations, each with a checkpoint (0: an epoch)
     freeze: int = 0  # so many of the lowest layers, and the embeddings, stay as they are
     patience: int = 3  # stop after so many evaluations without a lower held-out loss (0: never)
@@ -1852,6 +1854,11 @@ def finetune_command(settings: dict, given: dict) -> int:
 
     init_from, folder = settings["init_from"], settings["out_dir"]
     resuming = init_from == "resume"
+    if "init_from" not in given and not Path(init_from).exists():
+        raise ValueError(
+            f"nothing to start from: there is no {init_from} yet. First `python {NAME}.py`, or "
+            "name a run, a checkpoint or a published model with --init_from"
+        )
     if not resuming and Path(folder).resolve() in (Path(init_from).resolve(),
                                                    Path(init_from).resolve().parent):
         raise ValueError(f"{folder} holds the model to start from: set another --out_dir")
@@ -1915,14 +1922,18 @@ def from_pretrained(name_or_folder) -> Model:
     return model.eval()
 
 
-def save_pretrained(model, folder) -> None:
+def save_pretrained(model, folder, labels=None) -> None:
     """Write config.json and model.safetensors, which `transformers` opens with the same results.
 
-    Raises ValueError for a variant that it has no class for, OSError where nothing can be written.
+    labels: names of what a fine-tuned model tells apart. Raises ValueError for a variant that it
+    has no class for, OSError where nothing can be written.
     """
     import data
 
     config = to_published(model.config)
+    if labels:
+        config["id2label"] = dict(enumerate(labels))
+        config["label2id"] = {label: i for i, label in enumerate(labels)}
     data.save_weights(folder, published_weights(model))
     with data.replacing(Path(folder) / "config.json", "w") as file:
         json.dump(config, file, indent=1)
@@ -2010,7 +2021,7 @@ def export_command(settings: dict, given: dict) -> int:
     if not options.to:
         raise ValueError("say which folder to write, with --to")
     model, checkpoint, _, _ = load_model(options)
-    model.save_pretrained(options.to)
+    model.save_pretrained(options.to, labels=(checkpoint["task"] or {}).get("labels"))
     data.save_tokenizer(checkpoint["tokenizer"], options.to, ROLES, TEMPLATE)
     data.say(f"{options.to} holds config.json, model.safetensors and tokenizer.json")
     return 0

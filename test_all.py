@@ -3037,9 +3037,27 @@ def test_fine_tuning_s_mistakes(script, pretrained, capsys):
             script, capsys, *flags, "--data", table("x.csv", content))
     assert "there is no file nothing.csv" in mistake(
         script, capsys, *flags, "--data", "nothing.csv")
+    assert f"there is no out/{script.NAME} yet" in mistake(script, capsys, "finetune")
     examples = examples_for(script)
     assert "--freeze 9" in mistake(script, capsys, *flags, "--data", examples, "--freeze", 9)
     assert not Path("a/ckpt.pt").exists()
+
+
+def test_an_exported_classifier_is_opened_by_transformers_and_by_us(stories, capsys):
+    transformers = pytest.importorskip("transformers")
+    command(bert, "--data", stories, *SMALL, "--max_steps", 2, "--out_dir", "before")
+    command(bert, "finetune", "--init_from", "before", "--data", examples_for(bert), "--out_dir",
+            "a", "--max_steps", 2)
+    command(bert, "export", "--out_dir", "a", "--to", "folder")
+    capsys.readouterr()
+    theirs = transformers.BertForSequenceClassification.from_pretrained("folder").eval()
+    assert theirs.config.id2label == {0: "cat", 1: "dog"}
+    idx = torch.randint(4, 400, (3, 20))
+    mask = torch.arange(20) < torch.tensor([[20], [7], [12]])
+    expected = theirs(idx, attention_mask=mask.long()).logits
+    _, trained = bert.open_model("a")
+    for ours in trained, bert.BERT.from_pretrained("folder"):
+        assert (ours.eval().classify(idx, mask=mask) - expected).abs().max() < 1e-5
 
 
 def test_labels_that_are_only_held_out_or_all_the_same(script=bert):
