@@ -869,8 +869,8 @@ def from_published(found: dict, names: set[str]) -> BERTConfig:
 
 FINETUNING = {  # settings that go with a model's size
     "laptop": dict(
-        epochs=36.0, batch_size=32, lr=0.003, matrix_lr=0.01, log_interval=50, eval_interval=150,
-        mask_prob=0.15, head_std=1.0,
+        epochs=30.0, batch_size=32, lr=0.003, matrix_lr=0.01, log_interval=50, eval_interval=150,
+        mask_prob=0.1, head_std=1.0,
     ),
     "published": dict(batch_size=16, optimizer="adamw", lr=3e-5, warmup_steps=50),
 }
@@ -984,7 +984,7 @@ class Task:
             self.labels, confusion.tolist()))]
         return "\n".join("".join(f"{cell or '.':>{width}}" for cell in row) for row in rows)
 
-    def prepare(self, model: BERT, n: int) -> list[nn.Module]:
+    def prepare(self, model: BERT, n: int) -> list:
         """Begin the new head; returns what is not to change: with --freeze n the embeddings and the
         lowest n blocks, and always the heads of pretraining, which nothing asks any more.
 
@@ -995,7 +995,7 @@ class Task:
         nn.init.normal_(model.label_head.weight, std=self.head_std)
         if n > len(model.blocks):
             raise ValueError(f"--freeze {n}: the model has {len(model.blocks)} layers")
-        idle = [model.transform, model.transform_norm, model.head]
+        idle = [model.transform, model.transform_norm, model.head.bias]
         idle += [model.pair_head] if model.config.nsp else []
         embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
         return idle + ([*embeddings, *model.blocks[:n]] if n else [])

@@ -3021,6 +3021,11 @@ def test_what_is_frozen_stays_and_without_progress_it_stops(script, pretrained):
     assert all(same[name] for name in same if frozen.match(name))
     assert sum(bool(frozen.match(name)) for name in same) > 8
     assert not any(same[name] for name in same if "blocks.1." in name and "weight" in name)
+    command(script, *common, "--out_dir", "c", "--max_steps", 2)
+    after = weights_of("c/ckpt.pt")  # without --freeze: all but the heads that nothing asks
+    still = {name for name in same if torch.equal(before[name], after[name])}
+    heads = r"model\.(transform|pair_head|head\.bias)" if script is bert else "-"
+    assert all(re.match(heads, name) for name in still), still
     command(script, *common, "--out_dir", "b", "--lr", 0, "--matrix_lr", 0, "--patience", 2)
     rows = [json.loads(line) for line in Path("b/log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "val_loss" in row] == [2, 4, 6]
