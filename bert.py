@@ -631,12 +631,16 @@ def loss_sum(model: BERT, batch: dict):
     Each pair's loss counts as often as the row has hidden tokens, so that sum / weight is the
     paper's mean over tokens + mean over pairs, and parts of a batch can still be added up. A
     metric is a pair of sums, a numerator and a denominator. With `labels` (B,), of fine-tuning, it
-    is the labels' loss, and the weight the number of texts.
+    is the labels' loss, and the weight the number of texts. In training the truth is smoothed: 0.9
+    for the label and the rest for all alike, so that few examples make no model too sure of itself
+    (Szegedy et al. 2016, https://arxiv.org/abs/1512.00567, 7).
     """
     if "labels" in batch:
         scores = model.classify(batch["idx"], batch["segments"], batch.get("mask"))
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-        loss = F.cross_entropy(scores, batch["labels"], reduction="sum")
+        smoothing = 0.1 if model.training else 0.0
+        loss = F.cross_entropy(
+            scores, batch["labels"], reduction="sum", label_smoothing=smoothing)
         return loss, batch["labels"].new_tensor(len(scores)), {}
     labels = batch["mlm_labels"].flatten()  # (B * T,)
     at = (labels != -100).nonzero()[:, 0]  # (N,)
@@ -870,7 +874,7 @@ def from_published(found: dict, names: set[str]) -> BERTConfig:
 FINETUNING = {  # settings that go with a model's size
     "laptop": dict(
         epochs=30.0, batch_size=32, lr=0.003, matrix_lr=0.01, log_interval=50, eval_interval=150,
-        mask_prob=0.1, head_std=1.0,
+        weight_decay=0.1, mask_prob=0.1, head_std=1.0,
     ),
     "published": dict(batch_size=16, optimizer="adamw", lr=3e-5, warmup_steps=50),
 }
@@ -902,6 +906,8 @@ class Task:
             raise ValueError(f"all examples have the label {self.labels[0]!r}: it takes two")
         if asked - learned:
             say(f"only in the held-out examples, so nobody can learn it: {sorted(asked - learned)}")
+        if config.n_segments < 2 and "text_b" in parts["train"][0]:
+            raise ValueError("pairs of texts take a model with n_segments 2")
         return replace(config, n_labels=len(self.labels))
 
     def encode(self, row: dict, tokenizer, config: Config) -> dict:
@@ -1246,7 +1252,7 @@ class Trainer:
     """
 
     unit = "loss per token"  # of the chart
-    task, worn_out = None, False  # see FineTuner
+    task, worn_out, table = None, False, ""  # see FineTuner
 
     def __init__(
         self, run: TrainConfig, config: Config, objective: ObjectiveConfig,
@@ -1657,7 +1663,7 @@ def finish(trainer: Trainer, command: str) -> int:
         trainer.log.say(
             "the held-out loss no longer falls: stopped; best.pt has the best of it")
     trainer.log.say(
-        *("", trainer.show(400).strip(), ""),
+        *("", trainer.show(400).strip(), "", *trainer.table.splitlines()),
         f"Done: {run.out_dir} holds the checkpoints, log.jsonl and loss.svg. Try next:",
         f"  python {NAME}.py generate{again}",
         f"  python {NAME}.py eval{again}",

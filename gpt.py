@@ -915,7 +915,7 @@ def climb(config: Config, corpus, run: "TrainConfig", device, dtype):
     seconds = time.perf_counter() - start
     batches = eval_batches(corpus, config, ObjectiveConfig(), 8 * run.batch_size)
     with autocast:
-        sample = demonstrate(model, corpus, 200)[:100]
+        sample = demonstrate(model, corpus, 100)[:100]
     n = max(run.max_steps // 20, 1)
     curve = [(i + n, sum(losses[i : i + n]) / n) for i in range(0, len(losses) - n + 1, n)]
     return dict(
@@ -1180,7 +1180,7 @@ class Trainer:
     """
 
     unit = "loss per token"  # of the chart
-    task, worn_out = None, False  # see FineTuner
+    task, worn_out, table = None, False, ""  # see FineTuner
 
     def __init__(
         self, run: TrainConfig, config: Config, objective: ObjectiveConfig,
@@ -1591,7 +1591,7 @@ def finish(trainer: Trainer, command: str) -> int:
         trainer.log.say(
             "the held-out loss no longer falls: stopped; best.pt has the best of it")
     trainer.log.say(
-        *("", trainer.show(400).strip(), ""),
+        *("", trainer.show(400).strip(), "", *trainer.table.splitlines()),
         f"Done: {run.out_dir} holds the checkpoints, log.jsonl and loss.svg. Try next:",
         f"  python {NAME}.py generate{again}",
         f"  python {NAME}.py eval{again}",

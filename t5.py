@@ -1480,7 +1480,7 @@ class Trainer:
     """
 
     unit = "loss per token"  # of the chart
-    task, worn_out = None, False  # see FineTuner
+    task, worn_out, table = None, False, ""  # see FineTuner
 
     def __init__(
         self, run: TrainConfig, config: Config, objective: ObjectiveConfig,
@@ -1891,7 +1891,7 @@ def finish(trainer: Trainer, command: str) -> int:
         trainer.log.say(
             "the held-out loss no longer falls: stopped; best.pt has the best of it")
     trainer.log.say(
-        *("", trainer.show(400).strip(), ""),
+        *("", trainer.show(400).strip(), "", *trainer.table.splitlines()),
         f"Done: {run.out_dir} holds the checkpoints, log.jsonl and loss.svg. Try next:",
         f"  python {NAME}.py generate{again}",
         f"  python {NAME}.py eval{again}",

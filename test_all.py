@@ -2966,7 +2966,8 @@ def pretrained(script, stories):
 
 def test_a_fine_tuning_its_files_and_its_commands(script, pretrained, capsys):
     examples = examples_for(script)
-    flags = ["finetune", "--init_from", pretrained, "--data", examples, "--batch_size", 8]
+    flags = ["finetune", "--init_from", pretrained, "--data", examples, "--batch_size", 8,
+             *(("--target_length", 4) if script is t5 else ())]
     command(script, *flags, "--out_dir", "a", "--epochs", 2)
     shown = capsys.readouterr()
     assert shown.out == "" and "36 examples to learn from, 4 held out" in shown.err
@@ -3011,7 +3012,7 @@ def test_fine_tuning_learns(script, pretrained, capsys):
 def test_what_is_frozen_stays_and_without_progress_it_stops(script, pretrained):
     before = weights_of(Path(pretrained) / "best.pt")
     common = ["finetune", "--init_from", pretrained, "--data", examples_for(script),
-              "--eval_interval", 2]
+              "--eval_interval", 2, *(("--target_length", 4) if script is t5 else ())]
     command(script, *common, "--out_dir", "a", "--freeze", 1, "--max_steps", 2)
     after = weights_of("a/ckpt.pt")
     frozen = re.compile(
@@ -3388,9 +3389,9 @@ def test_a_change_in_one_copy_is_a_drift():
         places = {label: re.search(rf"^(def |class )?{label}\b", source, re.MULTILINE).end()
                   for label in (*TWINS, "update", "Muon") if name in TWINS.get(label, MODEL_FILES)}
         places |= {f"a draw from the last rooms {i}": at for i, at in enumerate(
-            random.Random(0).sample(range(begin, len(source.rstrip())), 12))
+            random.Random(0).sample(range(begin, len(source.rstrip())), 5))
             if source[at] in "0123456789abcdefghijklmnopqrstuvwxyz"}
-        assert len(places) > 10
+        assert len(places) > 6
         for label, at in places.items():
             other = "x" if source[at] != "x" else "y"
             changed = source[:at] + other + source[at + 1 :]
