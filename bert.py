@@ -871,12 +871,15 @@ def from_published(found: dict, names: set[str]) -> BERTConfig:
 # 8. Fine-tuning: label a text
 # --------------------------------------------------------------------------------------------------
 
-FINETUNING = {  # settings that go with a model's size
+FINETUNING = {  # settings that go with a model's size: "published" for those 512 wide and more
     "laptop": dict(
-        epochs=30.0, batch_size=32, lr=0.003, matrix_lr=0.01, log_interval=50, eval_interval=150,
-        weight_decay=0.1, mask_prob=0.1, head_std=1.0,
+        epochs=30.0, batch_size=32, optimizer="muon", lr=0.003, matrix_lr=0.01, weight_decay=0.1,
+        eval_interval=150,
     ),
-    "published": dict(batch_size=16, optimizer="adamw", lr=3e-5, warmup_steps=50),
+    "published": dict(
+        epochs=3.0, batch_size=16, optimizer="adamw", lr=3e-5, warmup_steps=50, weight_decay=0.01,
+        eval_interval=0, mask_prob=0.0, head_std=0.02,
+    ),
 }
 
 
@@ -885,8 +888,8 @@ class Task:
     """Label a text, or a pair of texts: what [CLS] has gathered goes to a new head, which has a
     score for each label (Devlin, 4.1). All weights learn, not the head's alone."""
 
-    mask_prob: float = 0.0  # share of a text's tokens that become [MASK] in training
-    head_std: float = 0.02  # std of the new head's first weights: see `prepare`
+    mask_prob: float = 0.1  # share of a text's tokens that become [MASK] in training
+    head_std: float = 1.0  # std of the new head's first weights: see `prepare`
     labels: list = field(default_factory=list, metadata=dict(flag=False))  # of the examples
 
     columns, optional = ("text", "label"), ("text_b",)
@@ -1092,9 +1095,14 @@ class FinetuneConfig(TrainConfig):
     out_dir: str = f"out/{NAME}-finetuned"  # folder of this run
     init_from: str = f"out/{NAME}"  # a run, a checkpoint, a folder, a published model, or resume
     data: str = ""  # a .csv or .jsonl file, or a folder of two (default: out of input.txt)
-    epochs: float = 3.0  # passes over the examples, unless max_steps is given
+    epochs: float = FINETUNING["laptop"]["epochs"]  # passes, unless max_steps is given
+    batch_size: int = FINETUNING["laptop"]["batch_size"]  # examples that are computed at once
+    optimizer: Literal["muon", "adamw"] = FINETUNING["laptop"]["optimizer"]  # as in training
+    lr: float = FINETUNING["laptop"]["lr"]  # AdamW's highest learning rate
+    matrix_lr: float = FINETUNING["laptop"]["matrix_lr"]  # Muon's highest learning rate
+    weight_decay: float = FINETUNING["laptop"]["weight_decay"]  # as in training
     log_interval: int = 20  # steps between two lines of the log
-    eval_interval: int = 0  # steps between two evaluations, each with a checkpoint (0: an epoch)
+    eval_interval: int = FINETUNING["laptop"]["eval_interval"]  # as in training (0: an epoch)
     freeze: int = 0  # so many of the lowest layers, and the embeddings, stay as they are
     patience: int = 3  # stop after so many evaluations without a lower held-out loss (0: never)
     dropout: float | None = None  # share of activations zeroed in training (default: the model's)
@@ -1621,7 +1629,8 @@ def train_command(settings: dict, given: dict) -> int:
 
 
 def finetune_command(settings: dict, given: dict) -> int:
-    """Teach a trained or a published model a task, by examples."""
+    """Teach a trained or a published model a task, by examples. (The defaults are for small models;
+    those 512 wide and more get AdamW's usual ones, FINETUNING["published"] in the source.)"""
     import data
 
     init_from, folder = settings["init_from"], settings["out_dir"]
@@ -1637,8 +1646,8 @@ def finetune_command(settings: dict, given: dict) -> int:
     checkpoint, _ = open_model(last_checkpoint(folder) if resuming else init_from)
     if resuming and not checkpoint["task"]:
         raise ValueError(f"{folder} holds a pretraining: go on with `train`")
-    large = checkpoint["config"]["n_embd"] >= 512
-    settings |= FINETUNING["published" if large else "laptop"]
+    if checkpoint["config"]["n_embd"] >= 512:
+        settings |= FINETUNING["published"]
     if resuming:
         settings |= checkpoint["task"] | checkpoint["run"] | {"out_dir": folder}
     settings |= given | {"init_from": init_from}

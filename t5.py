@@ -1090,9 +1090,15 @@ def from_published(found: dict, names: set[str]) -> T5Config:
 # 8. Fine-tuning: turn a source into a target
 # --------------------------------------------------------------------------------------------------
 
-FINETUNING = {  # settings that go with a model's size
-    "laptop": dict(epochs=6.0, batch_size=16, optimizer="adamw", lr=0.002, drop_prob=0.5),
-    "published": dict(batch_size=8, optimizer="adamw", lr=1e-4, warmup_steps=50),
+FINETUNING = {  # settings that go with a model's size: "published" for those 512 wide and more
+    "laptop": dict(
+        epochs=6.0, batch_size=16, optimizer="adamw", lr=0.002, matrix_lr=0.006, weight_decay=0.0,
+        eval_interval=0,
+    ),
+    "published": dict(
+        epochs=3.0, batch_size=8, optimizer="adamw", lr=1e-4, warmup_steps=50, weight_decay=0.01,
+        eval_interval=0, drop_prob=0.0,
+    ),
 }
 
 
@@ -1103,7 +1109,7 @@ class Task:
 
     task_prefix: str = ""  # what stands before each source
     source_length: int = 512  # tokens of a source that are kept, </s> included
-    drop_prob: float = 0.0  # share of a source's tokens that are left out in training, by chance
+    drop_prob: float = 0.5  # share of a source's tokens that are left out in training, by chance
     target_length: int = 128  # tokens of a target that are kept, and written at most
     beams: int = 1  # how many beginnings are followed at once where targets are written to compare
 
@@ -1320,9 +1326,14 @@ class FinetuneConfig(TrainConfig):
     out_dir: str = f"out/{NAME}-finetuned"  # folder of this run
     init_from: str = f"out/{NAME}"  # a run, a checkpoint, a folder, a published model, or resume
     data: str = ""  # a .csv or .jsonl file, or a folder of two (default: out of input.txt)
-    epochs: float = 3.0  # passes over the examples, unless max_steps is given
+    epochs: float = FINETUNING["laptop"]["epochs"]  # passes, unless max_steps is given
+    batch_size: int = FINETUNING["laptop"]["batch_size"]  # examples that are computed at once
+    optimizer: Literal["muon", "adamw"] = FINETUNING["laptop"]["optimizer"]  # as in training
+    lr: float = FINETUNING["laptop"]["lr"]  # AdamW's highest learning rate
+    matrix_lr: float = FINETUNING["laptop"]["matrix_lr"]  # Muon's highest learning rate
+    weight_decay: float = FINETUNING["laptop"]["weight_decay"]  # as in training
     log_interval: int = 20  # steps between two lines of the log
-    eval_interval: int = 0  # steps between two evaluations, each with a checkpoint (0: an epoch)
+    eval_interval: int = FINETUNING["laptop"]["eval_interval"]  # as in training (0: an epoch)
     freeze: int = 0  # so many of the lowest layers, and the embeddings, stay as they are
     patience: int = 3  # stop after so many evaluations without a lower held-out loss (0: never)
     dropout: float | None = None  # share of activations zeroed in training (default: the model's)
@@ -1849,7 +1860,8 @@ def train_command(settings: dict, given: dict) -> int:
 
 
 def finetune_command(settings: dict, given: dict) -> int:
-    """Teach a trained or a published model a task, by examples."""
+    """Teach a trained or a published model a task, by examples. (The defaults are for small models;
+    those 512 wide and more get AdamW's usual ones, FINETUNING["published"] in the source.)"""
     import data
 
     init_from, folder = settings["init_from"], settings["out_dir"]
@@ -1865,8 +1877,8 @@ def finetune_command(settings: dict, given: dict) -> int:
     checkpoint, _ = open_model(last_checkpoint(folder) if resuming else init_from)
     if resuming and not checkpoint["task"]:
         raise ValueError(f"{folder} holds a pretraining: go on with `train`")
-    large = checkpoint["config"]["n_embd"] >= 512
-    settings |= FINETUNING["published" if large else "laptop"]
+    if checkpoint["config"]["n_embd"] >= 512:
+        settings |= FINETUNING["published"]
     if resuming:
         settings |= checkpoint["task"] | checkpoint["run"] | {"out_dir": folder}
     settings |= given | {"init_from": init_from}
