@@ -1252,7 +1252,10 @@ def line_chart(
 ) -> str:
     """An SVG of the curves, name -> [(x, y), ...], with axes and a legend of their last values."""
     curves = {name: points for name, points in curves.items() if points}
-    width, height, left, right, top, bottom = 720, 420, 60, 20, 44, 48
+    beside = len(curves) > 3  # many curves: the legend goes beside them
+    width, height, left, top, bottom = 720 + 210 * beside, 420, 60, 44, 48
+    right = 20 + 210 * beside
+    legend = width - (210 if beside else 190)
     xs = [x for points in curves.values() for x, _ in points] or [0]
     ys = sorted(y for points in curves.values() for _, y in points) or [0, 1]
     x_low, x_high = 0, max(max(xs), 1)
@@ -1291,8 +1294,8 @@ def line_chart(
             parts += [f'<circle cx="{across(x):.1f}" cy="{down(y):.1f}" r="3" fill="{colour}"/>'
                       for x, y in points]
         y = top + 8 + 18 * i
-        parts.append(f'<path d="M{width - 190} {y}h22" stroke="{colour}" stroke-width="3"/>')
-        parts.append(f'<text x="{width - 160}" y="{y + 4}">'
+        parts.append(f'<path d="M{legend} {y}h22" stroke="{colour}" stroke-width="3"/>')
+        parts.append(f'<text x="{legend + 30}" y="{y + 4}">'
                      f'{html.escape(name)}: {points[-1][1]:.3f}</text>')
     return "\n".join([*parts, "</svg>\n"])
 

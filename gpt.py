@@ -959,7 +959,8 @@ def ladder_command(settings: dict, given: dict) -> int:
         with data.replacing(folder / "ladder.json", "w") as file:
             json.dump(rows, file, indent=1)
         with data.replacing(folder / "ladder.svg", "w") as file:
-            file.write(data.line_chart(curves, f"The ladder: {options.data}", "step", "loss"))
+            title = f"The ladder: {Path(options.data).name}"
+            file.write(data.line_chart(curves, title, "step", "loss"))
     print(f"{folder} holds ladder.json and ladder.svg")
     return 0
 

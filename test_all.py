@@ -808,6 +808,16 @@ def test_the_movie_reviews_archive(server, tmp_path, monkeypatch):
     train, validation = documents_of(corpus_of("imdb"))
     assert train == [f"{word} film\n\nindeed" for word in ("good", "bad", "so")]
     assert validation == ["fine film\n\nindeed"]
+    rows = data.read_examples("imdb", ("text", "label"))  # those that have a label
+    assert [[(row["text"].split()[0], row["label"]) for row in rows[part]] for part in rows] == [
+        [("good", "pos"), ("bad", "neg")], [("fine", "pos")]]
+    with pytest.raises(ValueError, match="no column 'prompt'"):
+        data.read_examples("imdb", PAIRS)
+    raw = (tmp_path / "a.tar.gz").read_bytes()
+    for broken in raw[:200], b"no archive" * 100:
+        (tmp_path / "broken.tar.gz").write_bytes(broken)
+        with pytest.raises(ValueError, match="is no whole archive"):
+            list(data.archive_texts(tmp_path / "broken.tar.gz", "train"))
 
 
 def test_sources_that_cannot_be_used(tmp_path):
