@@ -1324,9 +1324,12 @@ def boolean(text: str) -> bool:
     return text.lower() in ("true", "1", "yes")
 
 
+source_of = functools.lru_cache(None)(inspect.getsource)  # it parses the whole file each time
+
+
 def comments(cls) -> dict[str, str]:
     """field -> the comment behind it in the source: what the reader reads is what --help says."""
-    sources = [inspect.getsource(base)
+    sources = [source_of(base)
                for base in reversed(cls.__mro__) if dataclasses.is_dataclass(base)]
     return dict(re.findall(r"^    (\w+):.*?  # (.*)$", "\n".join(sources), re.MULTILINE))
 

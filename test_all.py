@@ -2516,14 +2516,23 @@ def test_eval_counts_every_token_once_and_no_special_bytes(stories):
     assert row["bits_per_byte"] == pytest.approx(total / math.log(2) / len(text.encode()), rel=1e-5)
 
 
-def test_a_stopped_run_goes_on_as_if_nothing_had_happened(script, stories, own_cache):
+@pytest.mark.parametrize("script", [bert, t5], ids=lambda file: file.NAME)
+def test_a_run_goes_on_from_a_checkpoint_as_if_nothing_had_happened(script, stories):
+    common = ["--data", stories, "--max_steps", "18", *SMALL, "--eval_interval", "9"]
+    command(script, *common, "--out_dir", "whole", "--snapshot_interval", 9)
+    shutil.copytree("whole", "again")
+    Path("again/ckpt_000009.pt").rename("again/ckpt.pt")
+    command(script, "--init_from", "resume", "--out_dir", "again")
+    assert_same_run("whole", "again")
+
+
+def test_a_stopped_run_goes_on_as_if_nothing_had_happened(stories, script=gpt):
     """Killed at once (SIGKILL), and asked to stop (Ctrl-C): both end bit for bit like the
     uninterrupted run."""
     common = ["--data", stories, "--max_steps", "36", "--dtype", "float32", *SMALL,
               "--eval_interval", "9"]
     command(script, *common, "--out_dir", "whole")
-    stops = ((signal.SIGKILL, -9, 9), (signal.SIGINT, 130, 15))
-    for how, status, after in stops if script is gpt else stops[:1]:  # (twins, so once will do)
+    for how, status, after in (signal.SIGKILL, -9, 9), (signal.SIGINT, 130, 15):
         folder = how.name
         started = subprocess.Popen([sys.executable, script.__file__, *common, "--out_dir", folder],
                                    stderr=subprocess.PIPE, text=True)
@@ -3130,7 +3139,7 @@ def mistake(script, capsys, *arguments):
     return lines[-1]
 
 
-def test_mistakes_get_one_line(script, stories, capsys, own_cache):
+def test_mistakes_get_one_line(stories, capsys, own_cache, script=gpt):
     assert "did you mean --n_layer?" in mistake(script, capsys, "--n_layers", 3)
     assert "there is no command trian" in mistake(script, capsys, "trian")
     assert "there is no preset huge" in mistake(script, capsys, "--preset", "huge")
