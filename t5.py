@@ -1450,9 +1450,13 @@ def update(model, batch: dict, optimizer, scaler, autocast, run: TrainConfig) ->
             part_loss, part_weight, _ = loss_sum(model, part)
         scaler.scale(part_loss / rows).backward()
         loss, weight = loss + part_loss.detach(), weight + part_weight
+    learning = [p for p in model.parameters() if p.requires_grad]
+    for p in learning:
+        if p.grad is None:  # of a head that nothing asked
+            p.grad = torch.zeros_like(p)
     scaler.unscale_(optimizer)
     # Only now is the whole batch's weight known: from the sum per row to the mean per token; clip.
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    gradients = [p.grad for p in learning]
     factor = rows / weight
     if run.grad_clip:
         length = torch.nn.utils.get_total_norm(gradients) * factor

@@ -3083,6 +3083,10 @@ def test_an_exported_classifier_is_opened_by_transformers_and_by_us(stories, cap
     _, trained = bert.open_model("a")
     for ours in trained, bert.BERT.from_pretrained("folder"):
         assert (ours.eval().classify(idx, mask=mask) - expected).abs().max() < 1e-5
+    # Pretraining can go on from there: the head that nothing asks stays as it is.
+    command(bert, "--init_from", "a", "--data", stories, "--max_steps", 1, "--out_dir", "more")
+    heads = [weights_of(f"{folder}/best.pt")["model.label_head.weight"] for folder in ("a", "more")]
+    assert torch.equal(*heads)
 
 
 def test_labels_that_are_only_held_out_or_all_the_same(script=bert):
