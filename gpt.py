@@ -821,8 +821,8 @@ class Task:
 
     def demonstrate(self, model: GPT, examples, length: int) -> str:
         """The answer to a held-out prompt."""
-        prompt = examples.rows[0]["prompt"]
-        return f"{prompt}\n{self.answers(model, examples.tokenizer, prompt, GenerateConfig())[0]}"
+        prompt, options = examples.rows[0]["prompt"], GenerateConfig(max_new_tokens=length)
+        return f"{prompt}\n{self.answers(model, examples.tokenizer, prompt, options)[0]}"
 
     def answers(
         self, model: GPT, tokenizer, prompt: str, options: GenerateConfig, on_text=None
@@ -1367,8 +1367,9 @@ class Trainer:
         from data import replacing
 
         run, parts = self.run, [self.config, self.objective, self.run]
+        settings = {name: value for part in parts for name, value in asdict(part).items()}
         with replacing(self.out_dir / "run.json", "w") as file:
-            json.dump({k: v for part in parts for k, v in asdict(part).items()}, file, indent=1)
+            json.dump(settings | ({"task": asdict(self.task)} if self.task else {}), file, indent=1)
         self.tokenizer.save(self.out_dir / "tokenizer.json")
         weights = sum(p.numel() for p in self.model.parameters())
         self.log.say(

@@ -1665,8 +1665,9 @@ class Trainer:
         from data import replacing
 
         run, parts = self.run, [self.config, self.objective, self.run]
+        settings = {name: value for part in parts for name, value in asdict(part).items()}
         with replacing(self.out_dir / "run.json", "w") as file:
-            json.dump({k: v for part in parts for k, v in asdict(part).items()}, file, indent=1)
+            json.dump(settings | ({"task": asdict(self.task)} if self.task else {}), file, indent=1)
         self.tokenizer.save(self.out_dir / "tokenizer.json")
         weights = sum(p.numel() for p in self.model.parameters())
         self.log.say(

@@ -2996,6 +2996,8 @@ def test_a_fine_tuning_its_files_and_its_commands(script, pretrained, capsys):
     evaluations = [row for row in rows if "val_loss" in row]
     assert [row["step"] for row in evaluations] == [5, 9]  # each epoch, and the end
     assert all(set(row) == {"step", "seconds", "val_loss"} | measures for row in evaluations)
+    assert json.loads(Path("a/run.json").read_text())["task"] == dataclasses.asdict(
+        script.Task(**torch.load("a/ckpt.pt", weights_only=True)["task"]))
     command(script, "eval", "--out_dir", "a")
     row = json.loads(capsys.readouterr().out)
     assert set(row) == {"step", "val_loss"} | measures
