@@ -1640,6 +1640,11 @@ def finetune_command(settings: dict, given: dict) -> int:
 
     init_from, folder = settings["init_from"], settings["out_dir"]
     resuming = init_from == "resume"
+    if init_from == "scratch":
+        raise ValueError(
+            "--scratch true forgets the weights; --init_from names the model whose sizes and "
+            "tokenizer are kept"
+        )
     if "init_from" not in given and not Path(init_from).exists():
         raise ValueError(
             f"nothing to start from: there is no {init_from} yet. First `python {NAME}.py`, or "

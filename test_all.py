@@ -3065,6 +3065,7 @@ def test_fine_tuning_s_mistakes(script, pretrained, capsys):
     assert "there is no file nothing.csv" in mistake(
         script, capsys, *flags, "--data", "nothing.csv")
     assert f"there is no out/{script.NAME} yet" in mistake(script, capsys, "finetune")
+    assert "--scratch true" in mistake(script, capsys, "finetune", "--init_from", "scratch")
     examples = examples_for(script)
     assert "--freeze 9" in mistake(script, capsys, *flags, "--data", examples, "--freeze", 9)
     assert not Path("a/ckpt.pt").exists()
