@@ -731,11 +731,11 @@ def encode_prompt(prompt: str, tokenizer, block_size: int) -> list[int]:
 def write_samples(model: BERT, checkpoint: dict, options: GenerateConfig) -> None:
     """What `generate` prints on standard output: a table of candidates, then the text filled; of a
     fine-tuned model, the likeliest labels of the prompt, or of each text that is typed."""
-    from data import prompts
+    from data import build, prompts
 
     tokenizer = checkpoint["tokenizer"]
     if checkpoint["task"]:
-        task = Task(**checkpoint["task"])
+        task = build(Task, checkpoint["task"])
         for prompt in prompts(options.prompt):
             found = task.label(model, tokenizer, prompt, options.prompt_b)[: options.top_k]
             width = max(len(label) for label, _ in found)
@@ -1321,6 +1321,7 @@ class Trainer:
         return rows_per_epoch(self.corpus, self.config, self.objective)
 
     def take_weights(self, run: TrainConfig, checkpoint: dict) -> None:
+        """Begin with the checkpoint's weights."""
         self.model.load_state_dict(checkpoint["model"])
 
     def train(self) -> bool:
@@ -1362,9 +1363,11 @@ class Trainer:
         )
 
     def draw_batch(self) -> dict:
+        """The batch of this step."""
         return train_batch(self.corpus, self.config, self.objective, self.run, self.step)
 
     def evaluate(self) -> dict[str, float]:
+        """val_loss and what else is measured on what is held out."""
         batches = eval_batches(self.corpus, self.config, self.objective, self.run.batch_size)
         return evaluate(self.model, batches, self.autocast)
 
@@ -1393,9 +1396,11 @@ class Trainer:
             return self.demonstrate(length)
 
     def demonstrate(self, length: int) -> str:
+        """A sample of about `length` tokens."""
         return demonstrate(self.model, self.corpus, length)
 
     def describe_data(self) -> str:
+        """What there is to learn from, for the first line."""
         corpus = self.corpus
         return (
             f"{self.run.data}, {corpus.documents:,} document{'s' * (corpus.documents != 1)}; "
@@ -1664,7 +1669,8 @@ def finetune_command(settings: dict, given: dict) -> int:
     if "max_steps" in given and "epochs" not in given:
         settings["epochs"] = 0.0
     run, task = (data.build(cls, settings) for cls in (FinetuneConfig, Task))
-    config, objective = Config(**checkpoint["config"]), ObjectiveConfig(**checkpoint["objective"])
+    config = Config(**checkpoint["config"])
+    objective = data.build(ObjectiveConfig, checkpoint["objective"])
     return finish(FineTuner(run, config, objective, checkpoint, task), "finetune ")
 
 
@@ -1773,8 +1779,7 @@ def eval_command(settings: dict, given: dict) -> int:
     source, autocast = options.data or checkpoint["run"]["data"], data.autocast_to(dtype, device)
     config = Config(**checkpoint["config"])
     if checkpoint["task"]:
-        task = Task(**checkpoint["task"])
-        parts = task_rows(source)
+        task, parts = data.build(Task, checkpoint["task"]), task_rows(source)
         if Path(source).is_file() and source != checkpoint["run"]["data"]:  # all of it is new
             parts["validation"] += parts["train"]
         examples = Examples(

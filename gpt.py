@@ -617,7 +617,7 @@ def demonstrate(model: GPT, corpus, length: int) -> str:
 def write_samples(model: GPT, checkpoint: dict, options: GenerateConfig) -> None:
     """What `generate` prints on standard output: one text as it comes, several when done; of a
     fine-tuned model, the answer to the prompt, or to each that is typed."""
-    from data import prompts
+    from data import build, prompts
 
     tokenizer = checkpoint["tokenizer"]
 
@@ -626,7 +626,7 @@ def write_samples(model: GPT, checkpoint: dict, options: GenerateConfig) -> None
 
     on_text = print_part if options.num_samples == 1 else None
     if checkpoint["task"]:
-        task = Task(**checkpoint["task"])
+        task = build(Task, checkpoint["task"])
         for prompt in prompts(options.prompt):
             texts = task.answers(model, tokenizer, prompt, options, on_text)
             print("" if on_text else "\n\n".join(texts))
@@ -1254,6 +1254,7 @@ class Trainer:
         return rows_per_epoch(self.corpus, self.config, self.objective)
 
     def take_weights(self, run: TrainConfig, checkpoint: dict) -> None:
+        """Begin with the checkpoint's weights."""
         self.model.load_state_dict(checkpoint["model"])
 
     def train(self) -> bool:
@@ -1295,9 +1296,11 @@ class Trainer:
         )
 
     def draw_batch(self) -> dict:
+        """The batch of this step."""
         return train_batch(self.corpus, self.config, self.objective, self.run, self.step)
 
     def evaluate(self) -> dict[str, float]:
+        """val_loss and what else is measured on what is held out."""
         batches = eval_batches(self.corpus, self.config, self.objective, self.run.batch_size)
         return evaluate(self.model, batches, self.autocast)
 
@@ -1326,9 +1329,11 @@ class Trainer:
             return self.demonstrate(length)
 
     def demonstrate(self, length: int) -> str:
+        """A sample of about `length` tokens."""
         return demonstrate(self.model, self.corpus, length)
 
     def describe_data(self) -> str:
+        """What there is to learn from, for the first line."""
         corpus = self.corpus
         return (
             f"{self.run.data}, {corpus.documents:,} document{'s' * (corpus.documents != 1)}; "
@@ -1597,7 +1602,8 @@ def finetune_command(settings: dict, given: dict) -> int:
     if "max_steps" in given and "epochs" not in given:
         settings["epochs"] = 0.0
     run, task = (data.build(cls, settings) for cls in (FinetuneConfig, Task))
-    config, objective = Config(**checkpoint["config"]), ObjectiveConfig(**checkpoint["objective"])
+    config = Config(**checkpoint["config"])
+    objective = data.build(ObjectiveConfig, checkpoint["objective"])
     return finish(FineTuner(run, config, objective, checkpoint, task), "finetune ")
 
 
@@ -1706,8 +1712,7 @@ def eval_command(settings: dict, given: dict) -> int:
     source, autocast = options.data or checkpoint["run"]["data"], data.autocast_to(dtype, device)
     config = Config(**checkpoint["config"])
     if checkpoint["task"]:
-        task = Task(**checkpoint["task"])
-        parts = task_rows(source)
+        task, parts = data.build(Task, checkpoint["task"]), task_rows(source)
         if Path(source).is_file() and source != checkpoint["run"]["data"]:  # all of it is new
             parts["validation"] += parts["train"]
         examples = Examples(
