@@ -1448,18 +1448,19 @@ def choose_device(name: str):
 
 
 def choose_dtype(name: str, device):
-    """--dtype as a torch.dtype: products are computed in it; the weights are float32 anyway."""
+    """--dtype as a torch.dtype: products are computed in it; the weights are float32 anyway.
+
+    "auto" asks what the device can do, not how fast it is right now: the same machine always gives
+    the same numbers.
+    """
     import torch
 
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":  # a T4 (7.5) has no bfloat16
         return torch.bfloat16 if torch.cuda.get_device_capability()[0] >= 8 else torch.float16
-    if device.type == "cpu" and (
-        matmul_gflops("cpu", torch.bfloat16) > 1.2 * matmul_gflops("cpu", torch.float32)
-    ):
-        return torch.bfloat16  # a processor with bfloat16 instructions
-    return torch.float32
+    able = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return torch.bfloat16 if able.get("avx512_bf16") or able.get("amx_bf16") else torch.float32
 
 
 def autocast_to(dtype, device):

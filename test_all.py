@@ -3152,6 +3152,18 @@ def mistake(script, capsys, *arguments):
     return lines[-1]
 
 
+@pytest.mark.parametrize("able, dtype", [
+    (dict(avx512_bf16=True), torch.bfloat16), (dict(amx_bf16=True), torch.bfloat16),
+    (dict(avx512_bf16=False, avx512_f=True), torch.float32), ({}, torch.float32),
+])
+def test_auto_asks_the_processor_not_the_clock(monkeypatch, able, dtype):
+    """A measurement would make two runs on one machine differ, when it is busy during one."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
+    monkeypatch.setattr(time, "perf_counter", lambda: pytest.fail("it looked at the clock"))
+    assert data.choose_dtype("auto", torch.device("cpu")) == dtype
+    assert data.choose_dtype("float16", torch.device("cpu")) == torch.float16
+
+
 def test_mistakes_get_one_line(stories, capsys, own_cache, script=gpt):
     assert "did you mean --n_layer?" in mistake(script, capsys, "--n_layers", 3)
     assert "there is no command trian" in mistake(script, capsys, "trian")
