@@ -43,6 +43,7 @@ import re
 import struct
 import sys
 import unicodedata
+from array import array
 from collections import Counter, defaultdict
 from itertools import chain
 from pathlib import Path
@@ -210,7 +211,7 @@ def learn_merges(
     """
     words = [as_tokens(word, byte_ids) for word in counts]
     frequency = list(counts.values())
-    pair_count, where = defaultdict(int), defaultdict(list)
+    pair_count, where = defaultdict(int), defaultdict(lambda: array("I"))
     for i, word in enumerate(words):
         for pair in neighbours(word):
             pair_count[pair] += frequency[i]
@@ -233,7 +234,7 @@ def learn_merges(
         next_id = max(next_id, ord(merged) + 1)
         merges.append((pair, merged))
 
-        new_where = defaultdict(list)
+        new_where = defaultdict(lambda: array("I"))
         for i in dict.fromkeys(where.pop(pair)):  # each word once
             words[i], gone, born = merge_pair(words[i], pair, merged)
             for lost in gone:

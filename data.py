@@ -26,6 +26,7 @@ import ctypes
 import dataclasses
 import difflib
 import functools
+import glob
 import gzip
 import hashlib
 import html
@@ -33,16 +34,15 @@ import inspect
 import itertools
 import json
 import math
-import mmap
 import multiprocessing
 import os
 import pickle
+import platform
 import re
 import shutil
 import signal
 import sys
 import tarfile
-import tempfile
 import time
 import typing
 import zipfile
@@ -59,13 +59,56 @@ PIECE = 4 << 20  # bytes of text that are handled at a time
 
 
 def say(*lines: str) -> None:
-    """Print to standard error; standard output is for results."""
-    print(*lines, sep="\n", file=sys.stderr, flush=True)
+    """Print to standard error, if this is the first rank; standard output is for results."""
+    if ranks()[0] == 0:
+        print(*lines, sep="\n", file=sys.stderr, flush=True)
 
 
 def cache_folder() -> Path:
     """$XDG_CACHE_HOME/gpt-bert-t5, or ~/.cache/gpt-bert-t5."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt-bert-t5"
+
+
+@contextlib.contextmanager
+def one_process(path, wait: bool = False):
+    """Within it no other process is within it for the same lock file, `path`, gone at the end.
+
+    Where one is, wait for it to leave; or without `wait` raise ValueError. A process that is killed
+    leaves, too: the system lets go of what it held. (No effect on Windows.)
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    path = Path(path)
+    while True:
+        with naming(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = open(path, "a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read() or "another process"
+            if not wait:
+                raise ValueError(
+                    f"{holder} is at work in {path.parent}: wait for it, or set another --out_dir"
+                ) from None
+            say(f"waiting for {holder}, which is making {path.stem}")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                break
+        file.close()  # it was the lock of one that has left meanwhile
+    with file:
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.flush()
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -100,6 +143,18 @@ def replacing(path, mode: str = "wb"):
             temporary.unlink(missing_ok=True)
 
 
+def made(path, make) -> Path:
+    """`path`, which make(path) makes where it is missing, in one process at a time."""
+    path = Path(path)
+    if not path.exists():
+        with one_process(path.with_name(path.name + ".lock"), wait=True):
+            for left in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):  # by a killed process
+                left.unlink()
+            if not path.exists():
+                make(path)
+    return path
+
+
 # --------------------------------------------------------------------------------------------------
 # 1. Downloads
 # --------------------------------------------------------------------------------------------------
@@ -124,12 +179,12 @@ def download(
     when the connection broke `tries` times without a byte of progress, or when what arrived is not
     as expected.
     """
-    path = Path(path)
-    if path.exists():
-        return path
+    return made(path, functools.partial(_download, url, size, digest, tries, token, page))
+
+
+def _download(url: str, size, digest, tries: int, token: str, page: bool, path: Path) -> None:
     import requests  # takes a fifth of a second, so only where it is needed
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     failures, reason = 0, ""
     while failures < tries:
@@ -155,7 +210,6 @@ def download(
             f"cannot download {url}: {reason}, {tries} times; the same command continues it later")
     _check_download(part, url, size, digest, page)
     os.replace(part, path)
-    return path
 
 
 def _fetch(requests, url: str, part: Path, have: int, token: str) -> bool:
@@ -294,16 +348,16 @@ def one_text(files: list[Path], part: str = "train") -> Path:
     """The one UTF-8 file of these: itself if it is one plain file, else made in the cache."""
     if len(files) == 1 and files[0].suffix not in (".gz", ".jsonl"):
         return files[0]
-    path = cache_folder() / "texts" / f"{fingerprint(files, part)}.txt"
-    if not path.exists():
+
+    def write(path):
+        documents = itertools.chain.from_iterable(read_documents(file, part) for file in files)
         with replacing(path) as out:
-            for i, document in enumerate(
-                itertools.chain.from_iterable(read_documents(f, part) for f in files)
-            ):
+            for i, document in enumerate(documents):
                 out.write(b"\n" + SEPARATOR.encode() + b"\n" if i else b"")
                 for block in document:
                     out.write(block)
-    return path
+
+    return made(cache_folder() / "texts" / f"{fingerprint(files, part)}.txt", write)
 
 
 def read_documents(path: Path, part: str):
@@ -355,49 +409,61 @@ def split_point(path: Path) -> int:
     size = path.stat().st_size
     if size == 0:
         raise ValueError(f"{path} is empty: there is nothing to learn from")
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
-        found = re.finditer(re.escape(SEPARATOR).encode() + b"\n?", text)
-        ends = np.fromiter((match.end() for match in found), np.int64)
-        documents = len(ends) and len(ends) + bool(text[ends[-1] :].strip())  # one more behind them
-        if documents > 1:
-            return int(ends[max(int(documents * 0.9), 1) - 1])
-        point = size * 9 // 10
-        while point < size and text[point] & 0xC0 == 0x80:  # inside a character
-            point += 1
-        return point
+    separator = re.compile(re.escape(SEPARATOR).encode() + b"\n?")
+    ends = np.fromiter((
+        piece[1] + found.end()
+        for piece in pieces(path, 0, size) for found in separator.finditer(read_bytes(*piece))
+    ), np.int64)
+    rest = pieces(path, int(ends[-1]), size) if len(ends) else []  # behind the last separator
+    documents = len(ends) + any(read_bytes(*piece).strip() for piece in rest)
+    if documents > 1:
+        return int(ends[max(int(documents * 0.9), 1) - 1])
+    point = size * 9 // 10
+    around = read_bytes(path, point, point + 4)
+    return point + sum(1 for _ in itertools.takewhile(inside_a_character, around))
+
+
+def inside_a_character(byte: int) -> bool:
+    """Whether it is one of the later bytes of a UTF-8 character."""
+    return byte & 0xC0 == 0x80
 
 
 def pieces(path: Path, start: int, stop: int) -> list[tuple[Path, int, int]]:
-    """Cut bytes start..stop into pieces of about PIECE bytes that can be tokenized each by itself.
+    """Cut bytes start..stop into pieces of at most PIECE bytes that can be tokenized apart.
 
     A cut is made behind a separator, else where a printable ASCII character is followed by a line
     break or a space: there the splitting pattern of BPE always begins a new word. (A text of 4 MB
     without any such place is cut between two characters, which may cost a token.)
     """
     cuts = [start]
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
-        while stop - cuts[-1] > PIECE:
-            begin, end = cuts[-1], cuts[-1] + PIECE
-            found = text.rfind(SEPARATOR.encode(), begin, end)
-            cut = found + len(SEPARATOR)
-            cut += text[cut : cut + 1] == b"\n"  # it belongs to the separator
-            if found < 0:
-                tail = text[end - (PIECE >> 4) : end]
-                words = (list(re.finditer(rb"[!-~](?=\n)", tail))
-                         or list(re.finditer(rb"[!-~](?= )", tail)))
-                cut = end - len(tail) + words[-1].end() if words else end
-                while text[cut] & 0xC0 == 0x80:
-                    cut -= 1
-            cuts.append(cut)
+    while stop - cuts[-1] > PIECE:
+        block = read_bytes(path, cuts[-1], cuts[-1] + PIECE + 1)  # (one more: what follows)
+        cut = block.rfind(SEPARATOR.encode(), 0, PIECE)
+        if cut >= 0:
+            cut += len(SEPARATOR)
+            cut += block[cut : cut + 1] == b"\n"  # it belongs to the separator
+        else:
+            late = PIECE - (PIECE >> 4)
+            words = (list(re.finditer(rb"[!-~](?=\n)", block[late:]))
+                     or list(re.finditer(rb"[!-~](?= )", block[late:])))
+            cut = late + words[-1].end() if words else PIECE
+            while inside_a_character(block[cut]):
+                cut -= 1
+        cuts.append(cuts[-1] + cut)
     return [(path, first, last) for first, last in itertools.pairwise([*cuts, stop])]
+
+
+def read_bytes(path: Path, start: int, stop: int) -> bytes:
+    """Read, not mapped into memory: mapped pages would count as this process's own."""
+    with open(path, "rb") as file:
+        file.seek(start)
+        return file.read(stop - start)
 
 
 def read_piece(piece: tuple[Path, int, int]) -> list[str]:
     """The documents (or parts of them) in a piece. Raises ValueError where it is not UTF-8."""
-    path, start, stop = piece
-    with open(path, "rb") as file:
-        file.seek(start)
-        raw = file.read(stop - start)
+    path, start, _ = piece
+    raw = read_bytes(*piece)
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -483,26 +549,13 @@ def prepare(source: str, vocab_size: int, special_tokens, separator: str, tokeni
     files = find_source(source)
     texts = list(files.values())
     if tokenizer is None:
-        path = cache_folder() / "tokenizers" / (
-            f"{fingerprint(texts, vocab_size, list(special_tokens))}.json")
-        if not path.exists():
-            counts = Counter()
-            for counted in parallel(count_piece, plan(files)["train"]):
-                counts.update(counted)
-            with replacing(path, "w") as file:
-                json.dump(Tokenizer.from_counts(counts, vocab_size, special_tokens).to_json(), file)
-        tokenizer = Tokenizer.load(path)
-    folder = cache_folder() / "tokens" / fingerprint(texts, tokenizer.to_json(), separator)
-    if not (folder / "corpus.json").exists():
-        with naming(folder):
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            making = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
-        try:
-            encode_corpus(plan(files), making, tokenizer, separator)
-            with contextlib.suppress(OSError):  # another process was faster
-                os.replace(making, folder)
-        finally:
-            shutil.rmtree(making, ignore_errors=True)
+        name = fingerprint(texts, vocab_size, list(special_tokens))
+        tokenizer = Tokenizer.load(made(
+            cache_folder() / "tokenizers" / f"{name}.json",
+            lambda path: train_tokenizer(plan(files)["train"], vocab_size, special_tokens, path)))
+    folder = made(
+        cache_folder() / "tokens" / fingerprint(texts, tokenizer.to_json(), separator),
+        lambda path: encode_corpus(plan(files), path, tokenizer, separator))
     facts = json.loads((folder / "corpus.json").read_text())
     parts = {part: np.memmap(folder / f"{part}.bin", facts["dtype"], "r")
              for part in ("train", "validation")}
@@ -522,14 +575,36 @@ def plan(files: dict[str, Path]) -> dict[str, list]:
             "validation": pieces(files["train"], split, end)}
 
 
+def train_tokenizer(cut: list, vocab_size: int, special_tokens, path: Path) -> None:
+    """Learn a tokenizer from the pieces of a text, and save it."""
+    counts = Counter()
+    for counted in parallel(count_piece, cut):
+        counts.update(counted)
+    with replacing(path, "w") as file:
+        json.dump(Tokenizer.from_counts(counts, vocab_size, special_tokens).to_json(), file)
+
+
 def encode_corpus(
-    parts: dict[str, list], folder: Path, tokenizer: Tokenizer, separator: str
+    parts: dict[str, list], path: Path, tokenizer: Tokenizer, separator: str
 ) -> None:
-    """Write train.bin, validation.bin and corpus.json into `folder`.
+    """Make the folder `path` with train.bin, validation.bin and corpus.json.
 
     A part is: separator document separator ... separator. A text of one stream is one document.
     """
+    folder = path.with_name(path.name + ".making")
+    shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
+    try:
+        write_tokens(parts, folder, tokenizer, separator)
+        os.replace(folder, path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_tokens(
+    parts: dict[str, list], folder: Path, tokenizer: Tokenizer, separator: str
+) -> None:
     with naming(folder):
+        folder.mkdir()
         tokenizer.save(folder / "tokenizer.json")
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
     edge, documents = np.array([tokenizer.special[separator]], dtype), 0
@@ -1182,7 +1257,8 @@ def save_tokenizer(tokenizer, folder, roles: dict[str, str], template: list[str]
 
 
 class RunLog:
-    """log.jsonl, a line of JSON per event; loss.svg, drawn from it; progress on the terminal."""
+    """log.jsonl, a line of JSON per event; loss.svg, drawn from it; progress on the terminal. Of
+    several ranks the first writes; the others only remember."""
 
     def __init__(self, folder, resumed_at: int | None = None):
         """resumed_at: the step the run continues from; what was logged after it is dropped."""
@@ -1196,9 +1272,11 @@ class RunLog:
                     break
                 if row["step"] <= resumed_at:
                     self.rows.append(row)
-        with replacing(path, "w") as file:
-            file.writelines(json.dumps(row) + "\n" for row in self.rows)
-        self.file = open(path, "a")
+        self.writing = ranks()[0] == 0
+        if self.writing:
+            with replacing(path, "w") as file:
+                file.writelines(json.dumps(row) + "\n" for row in self.rows)
+        self.file = open(path if self.writing else os.devnull, "a")
         self.started = time.monotonic() - (self.rows[-1]["seconds"] if self.rows else 0)
         self.renewing = False
 
@@ -1212,7 +1290,7 @@ class RunLog:
 
     def progress(self, text: str) -> None:
         """Show a line: on a terminal in place of the last one, else below it."""
-        if not sys.stderr.isatty():
+        if not (sys.stderr.isatty() and self.writing):
             return say(text)
         width = shutil.get_terminal_size().columns - 1
         print("\r\033[K" + text[:width], end="", file=sys.stderr, flush=True)
@@ -1227,6 +1305,8 @@ class RunLog:
 
     def draw(self, title: str) -> None:
         """Redraw loss.svg."""
+        if not self.writing:
+            return
         curves = {
             name: [(row["step"], row[key]) for row in self.rows if key in row]
             for name, key in (("training", "loss"), ("validation", "val_loss"))
@@ -1397,6 +1477,8 @@ def parse_command(name: str, commands: dict, presets: dict, arguments: list[str]
               else next(iter(commands)))
     if chosen not in commands:
         raise ValueError(f"there is no command {chosen}: the commands are {', '.join(commands)}")
+    if ranks()[1] > 1 and chosen not in ("train", "finetune"):
+        raise ValueError(f"{chosen} is for one process: start it without torchrun")
     command, classes = commands[chosen]
     parser = Parser(
         prog=f"python {name}.py {chosen}",
@@ -1434,8 +1516,60 @@ def parse_command(name: str, commands: dict, presets: dict, arguments: list[str]
 # --------------------------------------------------------------------------------------------------
 
 
+def ranks() -> tuple[int, int]:
+    """(number of this process, how many there are): of those that train one model together, each on
+    a device of its own, as `torchrun` starts them. (0, 1) without it."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def meet(device) -> None:
+    """Wait for the other ranks; from then on they can be talked to."""
+    import torch.distributed as dist
+
+    if ranks()[1] > 1 and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+
+
+@contextlib.contextmanager
+def talking():
+    """A failure within it means that another rank is gone: a ConnectionError that says so."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = re.sub(r"^\[.*?\] ", "", str(error).partition("\n")[0])[:80]
+        raise ConnectionError(
+            f"rank {ranks()[0]} can no longer reach another rank, which has ended or failed "
+            f"({reason}); once that is mended, go on with --init_from resume") from None
+
+
+def from_all(thing) -> list:
+    """What all ranks have, in their order: anything that can be pickled."""
+    import torch.distributed as dist
+
+    found = [thing] * ranks()[1]
+    if ranks()[1] > 1:
+        with talking():
+            dist.all_gather_object(found, thing)
+    return found
+
+
+def add_up(tensors: list) -> None:
+    """Replace each tensor by its sum over all ranks: all of them in one message."""
+    import torch
+    import torch.distributed as dist
+
+    if ranks()[1] > 1:
+        message = torch.cat([tensor.flatten() for tensor in tensors])
+        with talking():
+            dist.all_reduce(message)
+        parts = message.split([tensor.numel() for tensor in tensors])
+        for tensor, part in zip(tensors, parts):
+            tensor.copy_(part.view_as(tensor))
+
+
 def choose_device(name: str):
-    """--device as a torch.device. Raises ValueError for one that is not there."""
+    """--device as a torch.device, of several ranks on one machine each its own. Raises ValueError
+    for one that is not there."""
     import torch
 
     there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
@@ -1444,6 +1578,9 @@ def choose_device(name: str):
     if not there[name]:
         raise ValueError(
             f"this PyTorch sees no {name} device; use --device cpu, or install PyTorch with {name}")
+    if name == "cuda" and ranks()[1] > 1:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        return torch.device("cuda", torch.cuda.current_device())
     return torch.device(name)
 
 
@@ -1564,17 +1701,19 @@ def prompts(given: str):
 
 @contextlib.contextmanager
 def interrupts():
-    """Within it Ctrl-C only makes the yielded list true: no step is cut short. Twice, it stops."""
+    """Within it Ctrl-C, or SIGTERM (a manager of jobs wants it to end), only makes the yielded list
+    true: no step is cut short. Ctrl-C twice stops at once."""
     pressed = []
 
-    def note(signal_number, frame):
-        if pressed:
+    def note(number, frame):
+        if pressed and number == signal.SIGINT:
             raise KeyboardInterrupt
-        pressed.append(signal_number)
+        pressed.append(number)
         say("", "stopping after this step; Ctrl-C once more stops at once")
 
-    before = signal.signal(signal.SIGINT, note)
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield pressed
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

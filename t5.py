@@ -37,6 +37,7 @@ https://arxiv.org/abs/1706.03762 (attention).
 
 import contextlib
 import functools
+import itertools
 import json
 import math
 import os
@@ -1439,24 +1440,30 @@ def schedule(step: int, run: TrainConfig) -> float:
 
 
 def update(model, batch: dict, optimizer, scaler, autocast, run: TrainConfig) -> torch.Tensor:
-    """One optimizer step, computed in run.grad_accum parts. Returns the loss per token."""
+    """One optimizer step, computed in run.grad_accum parts, by all ranks. -> the loss per token."""
+    from data import add_up, ranks
+
     model.train()
-    rows = len(next(iter(batch.values())))
+    rows, (rank, count) = len(next(iter(batch.values()))), ranks()
+    mine = range(rows * rank // count, rows * (rank + 1) // count)  # each rank has its share
     size, device = math.ceil(rows / run.grad_accum), next(model.parameters()).device
-    loss, weight = 0.0, 0.0
-    for i in range(0, rows, size):
-        part = {name: tensor[i : i + size].to(device) for name, tensor in batch.items()}
+    total = torch.zeros(2, device=device)  # loss, weight
+    for i in mine[::size]:
+        rest = slice(i, min(i + size, mine.stop))
+        part = {name: tensor[rest].to(device) for name, tensor in batch.items()}
         with autocast:
-            part_loss, part_weight, _ = loss_sum(model, part)
-        scaler.scale(part_loss / rows).backward()
-        loss, weight = loss + part_loss.detach(), weight + part_weight
+            loss, weight, _ = loss_sum(model, part)
+        scaler.scale(loss / rows).backward()
+        total += torch.stack([loss.detach(), torch.as_tensor(weight, device=device)])
     learning = [p for p in model.parameters() if p.requires_grad]
     for p in learning:
         if p.grad is None:  # of a head that nothing asked
             p.grad = torch.zeros_like(p)
+    gradients = [p.grad for p in learning]
+    add_up([*gradients, total])
     scaler.unscale_(optimizer)
     # Only now is the whole batch's weight known: from the sum per row to the mean per token; clip.
-    gradients = [p.grad for p in learning]
+    loss, weight = total
     factor = rows / weight
     if run.grad_clip:
         length = torch.nn.utils.get_total_norm(gradients) * factor
@@ -1472,10 +1479,11 @@ def update(model, batch: dict, optimizer, scaler, autocast, run: TrainConfig) ->
 @torch.no_grad()
 def evaluate(model, batches, autocast) -> dict[str, float]:
     """val_loss and the objective's metrics over all batches: each a quotient of two sums."""
+    from data import from_all, ranks
+
     model.eval()
-    device = next(model.parameters()).device
-    sums = {}
-    for batch in batches:
+    device, sums = next(model.parameters()).device, {}
+    for batch in itertools.islice(batches, ranks()[0], None, ranks()[1]):  # each rank has its share
         with autocast:
             loss, weight, metrics = loss_sum(
                 model, {name: tensor.to(device) for name, tensor in batch.items()}
@@ -1484,14 +1492,19 @@ def evaluate(model, batches, autocast) -> dict[str, float]:
             total = sums.setdefault(name, [0.0, 0.0])
             total[0] += float(over)
             total[1] += float(under)
-    return {name: over / under for name, (over, under) in sums.items()}
+    found = from_all(sums)
+    totals = {name: [sum(column) for column in zip(*(sums[name] for sums in found if name in sums))]
+              for name in found[0]}
+    return {name: over / under for name, (over, under) in totals.items()}
 
 
 class Trainer:
     """A run: its corpus, model and optimizer, and how far it is.
 
     Step n's batch and dropout are drawn from (seed, n), so a resumed run goes on exactly as if it
-    had never been stopped, and a checkpoint has to hold no generator's state.
+    had never been stopped, and a checkpoint has to hold no generator's state. With several ranks
+    (`torchrun --nproc_per_node=2 ...`) each draws the whole batch and computes its share of it, so
+    the same flags give the same losses; the first alone writes files.
     """
 
     unit = "loss per token"  # of the chart
@@ -1507,7 +1520,8 @@ class Trainer:
 
         self.out_dir = Path(run.out_dir)
         self.device = data.choose_device(run.device)
-        self.dtype = data.choose_dtype(run.dtype, self.device)
+        data.meet(self.device)
+        self.dtype = data.from_all(data.choose_dtype(run.dtype, self.device))[0]
         if self.device.type == "cpu":
             data.keep_freed_memory()
         self.config, self.objective = config, objective
@@ -1536,7 +1550,6 @@ class Trainer:
             self.optimizer.load_state_dict(checkpoint["optimizer"] | {"param_groups": groups})
             self.scaler.load_state_dict(checkpoint["scaler"])
         self.compiled = torch.compile(self.model) if run.compile else self.model
-        self.log = data.RunLog(self.out_dir, self.step if run.init_from == "resume" else None)
 
     def open_data(self, run: TrainConfig, checkpoint: dict | None) -> int:
         """Get what there is to learn from, and the tokenizer. Returns the rows of an epoch."""
@@ -1557,14 +1570,20 @@ class Trainer:
 
     def train(self) -> bool:
         """Train to max_steps; False if Ctrl-C came first. Either way ckpt.pt is up to date."""
-        from data import interrupts
+        from data import from_all, interrupts, one_process, ranks
 
-        run = self.run
-        self.begin()
-        with interrupts() as pressed:
+        run, lock = self.run, self.out_dir / f"rank{ranks()[0]}.lock"
+        with one_process(lock), interrupts() as pressed:
+            self.begin()
             self.since = time.perf_counter()
-            while self.step < run.max_steps and not (pressed or self.worn_out):
-                self.pending.append(self.train_step())
+            while self.step < run.max_steps and not self.worn_out:
+                try:
+                    if any(from_all(bool(pressed))):
+                        break
+                    self.pending.append(self.train_step())
+                except ConnectionError:  # another rank is gone
+                    self.save("ckpt.pt")
+                    raise
                 self.step += 1
                 evaluating = self.step % run.eval_interval == 0 or self.step == run.max_steps
                 keeping = run.snapshot_interval and self.step % run.snapshot_interval == 0
@@ -1583,10 +1602,12 @@ class Trainer:
 
     def train_step(self) -> tuple[torch.Tensor, int]:
         """One step on its batch; returns the loss per token and how many tokens it read."""
+        from data import ranks
+
         run = self.run
         for group in self.optimizer.param_groups:
             group["lr"] = group["highest_lr"] * schedule(self.step, run)
-        torch.manual_seed(hash((run.seed, self.step)))  # for dropout
+        torch.manual_seed(hash((run.seed, self.step)) + ranks()[0])  # for dropout
         batch = self.draw_batch()
         return (
             update(self.compiled, batch, self.optimizer, self.scaler, self.autocast, run),
@@ -1650,6 +1671,7 @@ class Trainer:
         speed = sum(tokens for _, tokens in self.pending) / seconds
         self.pending = []
         self.log.write(step=self.step, loss=loss, lr=lr, tokens_per_second=round(speed))
+        self.check_progress()
         left = (run.max_steps - self.step) * seconds / len(losses)
         self.log.progress(
             f"step {self.step}/{run.max_steps}  loss {loss:.3f}  {speed:,.0f} tokens/s  "
@@ -1659,17 +1681,34 @@ class Trainer:
     def check(self, loss: float, step: int) -> None:
         """Raises ValueError for a loss that is no number any more."""
         if not math.isfinite(loss):
-            raise ValueError(
-                f"the loss became {loss} at step {step}; the last good checkpoint is kept "
-                f"in {self.out_dir}. Try half the --lr and --matrix_lr, a longer --warmup_steps, "
-                "or --dtype float32"
-            )
+            self.come_apart(f"the loss became {loss} at step {step}")
+
+    def check_progress(self, steps: int = 30) -> None:
+        """Raises ValueError where all of the last steps were worse than a blind guess."""
+        guess = math.log(self.config.vocab_size) + 1  # (the 1 for first weights, and BERT's pairs)
+        recent = [row["loss"] for row in self.log.rows
+                  if "loss" in row and row["step"] > self.step - steps]
+        if self.step >= self.run.warmup_steps + steps and min(recent) > guess:
+            self.come_apart(
+                f"the loss stayed above {min(recent) - 0.1:.1f} from step "
+                f"{self.step - steps + 1} to {self.step} (a blind guess: {guess - 1:.1f})")
+
+    def come_apart(self, what: str):
+        raise ValueError(
+            f"{what}; the last good checkpoint is kept in {self.out_dir}. Try half the --lr and "
+            "--matrix_lr, a longer --warmup_steps, or --dtype float32"
+        )
 
     def begin(self) -> None:
         """Say what comes; write run.json, tokenizer.json and, for a new run, the first ckpt.pt."""
-        from data import replacing
+        from data import RunLog, ranks, replacing
 
         run, parts = self.run, [self.config, self.objective, self.run]
+        self.log = RunLog(self.out_dir, self.step if run.init_from == "resume" else None)
+        if ranks()[0] > 0:
+            return
+        for left in self.out_dir.glob("*.tmp"):  # of a run that was killed while it wrote
+            left.unlink()
         settings = {name: value for part in parts for name, value in asdict(part).items()}
         with replacing(self.out_dir / "run.json", "w") as file:
             json.dump(settings | ({"task": asdict(self.task)} if self.task else {}), file, indent=1)
@@ -1689,8 +1728,10 @@ class Trainer:
 
     def save(self, name: str, weights_only: bool = False) -> None:
         """Write a checkpoint: tensors and plain types only. The old one stays until it is whole."""
-        from data import replacing
+        from data import ranks, replacing
 
+        if ranks()[0] > 0:
+            return
         state = dict(
             name=NAME, step=self.step, best_loss=self.best,
             config=asdict(self.config), objective=asdict(self.objective), run=asdict(self.run),

@@ -22,6 +22,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -2549,6 +2550,154 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(stories, script=gpt):
         assert_same_run("whole", folder)
 
 
+KILLS = int(os.environ.get("KILLS", 0))
+
+
+class SlowServer(Server):
+    def do_GET(self):
+        self.wfile, out = io.BytesIO(), self.wfile
+        super().do_GET()
+        answer = self.wfile.getvalue()
+        with contextlib.suppress(OSError):  # the one who asked is gone
+            for start in range(0, len(answer), 1 << 14):
+                out.write(answer[start : start + (1 << 14)])
+                threading.Event().wait(0.05)
+        self.wfile = out
+
+
+@pytest.mark.skipif(not KILLS, reason="takes minutes: KILLS=50 pytest -s -k killed_anywhere")
+def test_killed_anywhere_it_goes_on_to_the_same_end(stories, own_cache, monkeypatch):
+    """SIGKILL at a random moment: while downloading, tokenizing, training, saving. The same
+    command, or --init_from resume once there is a checkpoint, ends as if nothing had happened."""
+    text = (ROOT / "input.txt").read_bytes()
+    Server.files = {"/stories.txt": text[: text.index(END.encode(), 150_000) + len(END) + 1]}
+    serving = http.server.ThreadingHTTPServer(("127.0.0.1", 0), SlowServer)
+    threading.Thread(target=serving.serve_forever, daemon=True).start()
+    common = [*SMALL[:-8], "--data", f"http://127.0.0.1:{serving.server_port}/stories.txt",
+              "--device", "cpu", "--max_steps", "100", "--eval_interval", "20", "--out_dir"]
+    draw, phases = random.Random(KILLS), collections.Counter()
+
+    def start(script, folder, *flags):
+        return subprocess.Popen([sys.executable, script.__file__, *(flags or common), folder],
+                                stderr=open(f"{folder}.err", "a"))
+
+    for script in (gpt, bert, t5):
+        monkeypatch.setenv("XDG_CACHE_HOME", f"cache-{script.NAME}")
+        began = time.monotonic()
+        assert start(script, f"whole-{script.NAME}").wait() == 0
+        whole = time.monotonic() - began
+        for i in range([gpt, bert, t5].index(script), KILLS, 3):
+            folder = f"{script.NAME}-{i}"
+            monkeypatch.setenv("XDG_CACHE_HOME", f"cache-{folder}")
+            run = start(script, folder)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                run.wait(draw.uniform(0.1, whole))
+            run.kill()
+            status = run.wait()
+            left = {path.name.partition(".")[2] for root in (folder, f"cache-{folder}")
+                    for path in Path(root).rglob("*") if path.is_file()}
+            saved = Path(folder, "ckpt.pt").exists()
+            phase = (f"step {torch.load(f'{folder}/ckpt.pt', weights_only=True)['step'] // 50 * 50}+"
+                     if saved else "in a download" if "txt.part" in left else
+                     "in the cache" if Path(f"cache-{folder}").exists() else "at the start")
+            phases[phase if status else "ended before"] += 1
+            phases["in a save"] += any(name.endswith("tmp") for name in left)
+            flags = ["--init_from", "resume", "--out_dir"] if saved else []
+            assert start(script, folder, *flags).wait() == 0, Path(f"{folder}.err").read_text()
+            assert_same_run(f"whole-{script.NAME}", folder)
+            assert not list(Path(folder).glob("*.tmp")) + list(Path(folder).glob("*.lock"))
+            for root in (folder, f"cache-{folder}"):
+                shutil.rmtree(root)
+    serving.shutdown()
+    print(f"\n{KILLS} kills:", ", ".join(f"{n} {phase}" for phase, n in sorted(phases.items())))
+
+
+RANK = """
+import importlib, json, os, sys
+sys.path.insert(0, sys.argv[1])
+for name, *arguments in json.loads(sys.argv[2]):
+    script = importlib.import_module(name)
+    assert script.main(arguments) == 0
+
+def train_step(self, step=script.Trainer.train_step):
+    if self.step == 3 and os.environ["RANK"] == "1":
+        os._exit(7)
+    return step(self)
+
+script.Trainer.train_step = train_step
+sys.exit(script.main([*arguments, "--out_dir", "dying"]))
+"""
+
+
+def run_ranks(count: int, commands: list[list[str]]) -> list[tuple[int, str]]:
+    """Run the commands as `torchrun` would, then the last one again, where rank 1 dies at step 3.
+    Returns each rank's exit status and what it printed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+                   "WORLD_SIZE": str(count), "OMP_NUM_THREADS": "1"}
+    ranks = [subprocess.Popen(
+        [sys.executable, "-c", RANK, str(ROOT), json.dumps(commands)], text=True,
+        stderr=subprocess.PIPE, env={**environment, "RANK": str(i), "LOCAL_RANK": str(i)},
+    ) for i in range(count)]
+    printed = [rank.communicate()[1] for rank in ranks]
+    return [(rank.returncode, text) for rank, text in zip(ranks, printed)]
+
+
+def test_two_ranks_train_as_one_process_does(stories):
+    """The same flags, the same losses, though masked tokens and padding are spread unevenly over
+    ranks and over the parts of a step; and when a rank dies, the run can go on where it was."""
+    common = [*SMALL, "--data", stories, "--dtype", "float32", "--dropout", "0", "--batch_size",
+              "4", "--grad_accum", "2", "--max_steps", "6", "--log_interval", "1",
+              "--eval_interval", "6", "--out_dir"]
+    pairs = [*SMALL[-6:], "--init_from", "gpt", "--data", str(examples_for(gpt)), "--dropout", "0",
+             "--dtype", "float32", "--batch_size", "5", "--max_steps", "6", "--log_interval", "1",
+             "--out_dir"]  # five rows: an odd number
+    jobs = [("gpt", [*common, "gpt"]), ("gpt", ["finetune", *pairs, "pairs"]),
+            ("bert", [*common, "bert"]),
+            ("t5", ["--corruption", "bernoulli", *common, "t5"])]
+    (status, printed), other = run_ranks(2, [[name, *arguments] for name, arguments in jobs])
+    assert other == (7, "") and status == 2, printed  # the first rank speaks for all
+    assert "rank 0 can no longer reach another rank" in printed.splitlines()[-1]
+    for name, arguments in jobs:
+        whole = [] if "finetune" in arguments else ["--batch_size", 8, "--grad_accum", 1]
+        command(importlib.import_module(name), *arguments[:-1], "alone", *whole)
+        logs = [[json.loads(line) for line in Path(folder, "log.jsonl").read_text().splitlines()]
+                for folder in ("alone", arguments[-1])]
+        assert len(logs[0]) == len(logs[1]) >= 7
+        for one, several in zip(*logs):
+            assert one.keys() == several.keys() and one["step"] == several["step"]
+            loss = "loss" if "loss" in one else "val_loss"
+            assert several[loss] == pytest.approx(one[loss], rel=1e-5)
+        shutil.rmtree("alone")
+    assert torch.load("dying/ckpt.pt", weights_only=True)["step"] == 3
+    command(t5, "--init_from", "resume", "--out_dir", "dying")
+
+
+def test_two_at_once(stories, server, capsys):
+    """One process downloads and the other waits for it; a run's folder has one run at a time; the
+    lock of a process that was killed is no lock."""
+    Server.files = {"/a.bin": b"x" * 100_000}
+    paths = []
+    threads = [threading.Thread(target=lambda: paths.append(
+        data.download(f"{server}/a.bin", "new/a.bin"))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(paths) == 4 and len(Server.seen) == 1 and os.listdir("new") == ["a.bin"]
+    Path("run").mkdir()
+    Path("run/rank0.lock").write_text("process 1 on a machine that lost its power")
+    Path("run/ckpt.pt.1.tmp").write_text("a half")
+    train = ["--data", stories, *SMALL, "--max_steps", 1, "--out_dir", "run"]
+    command(gpt, *train)
+    assert not {"rank0.lock", "ckpt.pt.1.tmp"} & set(os.listdir("run"))
+    capsys.readouterr()
+    with data.one_process("run/rank0.lock"):
+        assert f"process {os.getpid()} on" in mistake(gpt, capsys, *train)
+
+
 def test_a_resumed_run_follows_the_flags_as_they_are_now(script, stories, capsys):
     command(script, "--data", stories, "--out_dir", "run", "--max_steps", 4,
             "--epochs", 0.01, *SMALL)
@@ -2604,13 +2753,29 @@ def test_float16_leaves_the_weights_where_a_gradient_overflows():
     assert scaler.get_scale() == 2.0**119
 
 
-def test_a_run_that_comes_apart_is_stopped(stories, capsys, script=gpt):
-    command(script, "--data", stories, "--out_dir", "run", "--max_steps", 40, *SMALL,
-            "--lr", 1e30, status=2)
+@pytest.mark.parametrize("rate, problem", [
+    (1e30, r"the loss became (nan|inf) at step \d+"),
+    (30, r"the loss stayed above \d+\.\d from step \d+ to \d+ \(a blind guess: 6\.0\)"),
+])
+def test_a_run_that_comes_apart_is_stopped(rate, problem, stories, capsys, script=gpt):
+    command(script, "--data", stories, "--out_dir", "run", "--max_steps", 60, *SMALL,
+            "--eval_interval", 60, "--lr", rate, "--matrix_lr", min(rate, 10), status=2)
     lines = capsys.readouterr().err.splitlines()
-    assert re.match(r"error: the loss became (nan|inf) at step \d+; the last good checkpoint",
+    assert re.match(f"error: {problem}; the last good checkpoint is kept in run. Try half the --lr",
                     lines[-1])
     assert all(value.isfinite().all() for value in weights_of("run/ckpt.pt").values())
+
+
+def test_a_weight_that_is_no_number_stops_the_run(script, stories, capsys):
+    train = ["--data", stories, "--out_dir", "run", *SMALL]
+    command(script, *train, "--max_steps", 4)
+    checkpoint = torch.load("run/ckpt.pt", weights_only=True)
+    next(iter(checkpoint["model"].values()))[7] = math.nan
+    torch.save(checkpoint, "run/ckpt.pt")
+    before = {path.name: path.read_bytes() for path in Path("run").glob("*.pt")}
+    line = mistake(script, capsys, "--init_from", "resume", "--out_dir", "run", "--max_steps", 8)
+    assert re.match(r"error: the loss became nan at step [56]; ", line)
+    assert {path.name: path.read_bytes() for path in Path("run").glob("*.pt")} == before
 
 
 @pytest.mark.parametrize("script, flags", [
