@@ -388,9 +388,12 @@ class BaseTokenizer:
     def save(self, path) -> None:
         """Write the `tokenizer.json` that `tokenizers` and `transformers` open."""
         temporary = f"{path}.{os.getpid()}.tmp"
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(self.to_json(), file, ensure_ascii=False, indent=1)
-        os.replace(temporary, path)
+        try:
+            with open(temporary, "w", encoding="utf-8") as file:
+                json.dump(self.to_json(), file, ensure_ascii=False, indent=1)
+            os.replace(temporary, path)
+        finally:
+            Path(temporary).unlink(missing_ok=True)
 
     @staticmethod
     def load(path) -> "BaseTokenizer":

@@ -25,6 +25,7 @@ import csv
 import ctypes
 import dataclasses
 import difflib
+import errno
 import functools
 import glob
 import gzip
@@ -43,11 +44,13 @@ import shutil
 import signal
 import sys
 import tarfile
+import threading
 import time
 import typing
 import zipfile
 import zlib
 from collections import Counter
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 import numpy as np
@@ -61,7 +64,21 @@ PIECE = 4 << 20  # bytes of text that are handled at a time
 def say(*lines: str) -> None:
     """Print to standard error, if this is the first rank; standard output is for results."""
     if ranks()[0] == 0:
-        print(*lines, sep="\n", file=sys.stderr, flush=True)
+        show("\n".join(lines) + "\n")
+
+
+def show(text: str) -> None:
+    """Write to standard error. Where nobody reads that any more (`2>&1 | tee log` and Ctrl-C, which
+    ends tee first; a terminal that was closed), no run is lost for it: it goes on in silence."""
+    try:
+        print(text, end="", file=sys.stderr, flush=True)
+    except OSError:
+        silence(sys.stderr)
+
+
+def silence(stream) -> None:
+    """What is written to the stream is lost from here on, what still waits in it included."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def cache_folder() -> Path:
@@ -116,7 +133,11 @@ def naming(path):
     """A failure to write within it becomes an OSError that names `path` and says what to check."""
     try:
         yield
-    except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and error.__context__:
+            error = error.__context__  # torch.save makes one of a full disk, and of Ctrl-C
+        if isinstance(error, KeyboardInterrupt):
+            raise error from None
         reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
         raise OSError(
             f"cannot write {path}: {reason}; is there space left, and permission?") from None
@@ -244,8 +265,7 @@ def _fetch(requests, url: str, part: Path, have: int, token: str) -> bool:
 def _show_download(url: str, have: int, total: int | None) -> None:
     if sys.stderr.isatty():
         share = f" of {total / 1e6:.1f} ({have / total:.0%})" if total else ""
-        print(f"\r{url.rpartition('/')[2]}: {have / 1e6:.1f}{share} MB",
-              end="", file=sys.stderr, flush=True)
+        show(f"\r{url.rpartition('/')[2]}: {have / 1e6:.1f}{share} MB")
 
 
 def _check_download(
@@ -503,8 +523,21 @@ def parallel(function, jobs: list):
     if len(jobs) < 8:
         yield from map(function, jobs)
         return
-    with multiprocessing.get_context("spawn").Pool(min(os.cpu_count(), len(jobs))) as pool:
-        yield from pool.imap(function, jobs)
+    _hold_interrupts(True)  # the processes inherit it: Ctrl-C is for this one alone
+    try:
+        with multiprocessing.get_context("spawn").Pool(min(os.cpu_count(), len(jobs))) as pool:
+            _hold_interrupts(False)
+            yield from pool.imap(function, jobs)
+    finally:
+        _hold_interrupts(False)
+
+
+def _hold_interrupts(on: bool) -> None:
+    """While on, Ctrl-C waits. (Windows has nothing like it.)"""
+    if hasattr(signal, "pthread_sigmask"):
+        resource_tracker.ensure_running()  # (its start would let them through)
+        how = signal.SIG_BLOCK if on else signal.SIG_UNBLOCK
+        signal.pthread_sigmask(how, {signal.SIGINT})
 
 
 # --------------------------------------------------------------------------------------------------
@@ -556,7 +589,7 @@ def prepare(source: str, vocab_size: int, special_tokens, separator: str, tokeni
     folder = made(
         cache_folder() / "tokens" / fingerprint(texts, tokenizer.to_json(), separator),
         lambda path: encode_corpus(plan(files), path, tokenizer, separator))
-    facts = json.loads((folder / "corpus.json").read_text())
+    facts = json.loads((folder / "corpus.json").read_text("utf-8"))
     parts = {part: np.memmap(folder / f"{part}.bin", facts["dtype"], "r")
              for part in ("train", "validation")}
     return Corpus(tokenizer, parts["train"], parts["validation"], facts["documents"],
@@ -622,7 +655,8 @@ def write_tokens(
         documents -= 1  # n documents have n + 1 separators around them
     documents = documents if documents > len(parts) else 1  # one text, cut in two
     with naming(folder):
-        (folder / "corpus.json").write_text(json.dumps(dict(dtype=dtype, documents=documents)))
+        facts = json.dumps(dict(dtype=dtype, documents=documents))
+        (folder / "corpus.json").write_text(facts, "utf-8")
 
 
 def random_corpus(vocab_size: int, special_tokens, length: int = 1 << 20) -> Corpus:
@@ -910,7 +944,7 @@ def pretrained_folder(name_or_folder) -> Path:
             f"{name} is neither a folder nor a model's name, like gpt2 or google/t5-v1_1-small")
     folder = cache_folder() / "hub" / name.replace("/", "--")
     note = folder / "absent.txt"  # the files that the hub does not have
-    known = set(note.read_text().split()) if note.exists() else set()
+    known = set(note.read_text("utf-8").split()) if note.exists() else set()
     absent = set(known)
     get = functools.partial(hub_file, name, folder, absent)
     if not get("config.json"):
@@ -1265,7 +1299,7 @@ class RunLog:
         self.folder, self.rows = Path(folder), []
         path = self.folder / "log.jsonl"
         if resumed_at is not None and path.exists():
-            for line in path.read_text().splitlines():
+            for line in path.read_text(encoding="utf-8").splitlines():
                 try:
                     row = json.loads(line)
                 except ValueError:  # cut short by a crash
@@ -1276,7 +1310,6 @@ class RunLog:
         if self.writing:
             with replacing(path, "w") as file:
                 file.writelines(json.dumps(row) + "\n" for row in self.rows)
-        self.file = open(path if self.writing else os.devnull, "a")
         self.started = time.monotonic() - (self.rows[-1]["seconds"] if self.rows else 0)
         self.renewing = False
 
@@ -1284,22 +1317,24 @@ class RunLog:
         """Append a row; its `seconds` since the run's start are added. Returns it."""
         row["seconds"] = round(time.monotonic() - self.started, 2)
         self.rows.append(row)
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
+        path = self.folder / "log.jsonl"
+        if self.writing:
+            with naming(path), open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
         return row
 
     def progress(self, text: str) -> None:
         """Show a line: on a terminal in place of the last one, else below it."""
-        if not (sys.stderr.isatty() and self.writing):
+        if not (sys.stderr.isatty() and self.writing) or os.environ.get("TERM") == "dumb":
             return say(text)
         width = shutil.get_terminal_size().columns - 1
-        print("\r\033[K" + text[:width], end="", file=sys.stderr, flush=True)
+        show("\r\033[K" + text[:width])
         self.renewing = True
 
     def say(self, *lines: str) -> None:
         """Print lines that stay, below the progress line."""
         if self.renewing:
-            print("\r\033[K", end="", file=sys.stderr)
+            show("\r\033[K")
             self.renewing = False
         say(*lines)
 
@@ -1511,6 +1546,42 @@ def parse_command(name: str, commands: dict, presets: dict, arguments: list[str]
     return command, settings | given, given
 
 
+def open_streams() -> None:
+    """A standard stream that is closed (`2>&-`) becomes an empty one; what the terminal's encoding
+    has no sign for is shown as "?"."""
+    for name, mode in ("stdin", "r"), ("stdout", "w"), ("stderr", "w"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
+        elif stream.errors == "strict" and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+
+def run_command(name: str, commands: dict, presets: dict, arguments: list[str]) -> int:
+    """Run a command, see `parse_command`. Returns the exit status: 0 done, 2 the user's mistake or
+    the machine's failure (a line says which), 130 Ctrl-C, 141 nobody reads on (`... | head`)."""
+    open_streams()
+    try:
+        with on_signals(signal.default_int_handler, signal.SIGINT):
+            try:
+                command, settings, given = parse_command(name, commands, presets, arguments)
+                return command(settings, given)
+            finally:
+                sys.stdout.flush()
+    except KeyboardInterrupt:
+        say("", "interrupted")
+        return 130
+    except BrokenPipeError:
+        silence(sys.stdout)
+        return 141
+    except (ValueError, OSError) as error:
+        if getattr(error, "errno", 0) in (errno.ENOSPC, errno.EFBIG) and not error.filename:
+            silence(sys.stdout)
+            error = f"cannot write standard output: {error.strerror}; is there space left?"
+        show(f"error: {error}\n")  # (whichever rank it is)
+        return 2
+
+
 # --------------------------------------------------------------------------------------------------
 # 9. The machine
 # --------------------------------------------------------------------------------------------------
@@ -1690,7 +1761,7 @@ def prompts(given: str):
         raise ValueError("this model was fine-tuned to answer: say what, with --prompt")
     say("Type something and press Enter; Ctrl-D ends.")
     while True:
-        print("> ", end="", file=sys.stderr, flush=True)
+        show("> ")
         line = sys.stdin.readline()
         if not line:
             say("")
@@ -1709,11 +1780,22 @@ def interrupts():
         if pressed and number == signal.SIGINT:
             raise KeyboardInterrupt
         pressed.append(number)
-        say("", "stopping after this step; Ctrl-C once more stops at once")
+        with contextlib.suppress(RuntimeError):  # it came in the middle of another print
+            say("", "stopping after this step; Ctrl-C once more stops at once")
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with on_signals(note, signal.SIGINT, signal.SIGTERM):
         yield pressed
+
+
+@contextlib.contextmanager
+def on_signals(handler, *numbers):
+    """Within it these signals call `handler`: in the main thread, the only one that gets any."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -38,6 +38,7 @@ import itertools
 import json
 import math
 import os
+import signal
 import statistics
 import sys
 import textwrap
@@ -45,6 +46,9 @@ import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
+
+if __name__ == "__main__":  # Ctrl-C while the packages load leaves no traceback
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import numpy as np
 import torch
@@ -1403,7 +1407,7 @@ class Trainer:
 
     def begin(self) -> None:
         """Say what comes; write run.json, tokenizer.json and, for a new run, the first ckpt.pt."""
-        from data import RunLog, ranks, replacing
+        from data import RunLog, naming, ranks, replacing
 
         run, parts = self.run, [self.config, self.objective, self.run]
         self.log = RunLog(self.out_dir, self.step if run.init_from == "resume" else None)
@@ -1414,7 +1418,8 @@ class Trainer:
         settings = {name: value for part in parts for name, value in asdict(part).items()}
         with replacing(self.out_dir / "run.json", "w") as file:
             json.dump(settings | ({"task": asdict(self.task)} if self.task else {}), file, indent=1)
-        self.tokenizer.save(self.out_dir / "tokenizer.json")
+        with naming(self.out_dir / "tokenizer.json"):
+            self.tokenizer.save(self.out_dir / "tokenizer.json")
         weights = sum(p.numel() for p in self.model.parameters())
         self.log.say(
             f"data: {self.describe_data()}",
@@ -1844,18 +1849,7 @@ COMMANDS = {
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; exit status: 0 done, 2 the user's mistake (a line says which), 130 Ctrl-C."""
     try:
-        from data import parse_command
-
-        presets = {name: PRESETS[name] | RECIPES.get(name, {}) for name in PRESETS}
-        arguments = sys.argv[1:] if arguments is None else arguments
-        command, settings, given = parse_command(NAME, COMMANDS, presets, arguments)
-        return command(settings, given)
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # `... | head`: nobody reads on
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+        from data import run_command
     except ModuleNotFoundError as error:
         if error.name not in ("bpe", "data"):
             raise
@@ -1863,9 +1857,9 @@ def main(arguments: list[str] | None = None) -> int:
             f"error: {error.name}.py is missing: put bpe.py and data.py beside {NAME}.py",
             file=sys.stderr,
         )
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-    return 2
+        return 2
+    presets = {name: PRESETS[name] | RECIPES.get(name, {}) for name in PRESETS}
+    return run_command(NAME, COMMANDS, presets, sys.argv[1:] if arguments is None else arguments)
 
 
 if __name__ == "__main__":

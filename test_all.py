@@ -1242,8 +1242,8 @@ def test_the_log_of_a_resumed_run_and_its_chart(tmp_path):
     for step in range(0, 60, 10):
         log.write(step=step, loss=5 - step / 20)
     log.write(step=50, val_loss=2.5)
-    log.file.write('{"step": 60, "lo')  # cut off by a crash
-    log.file.flush()
+    with open(tmp_path / "log.jsonl", "a") as file:
+        file.write('{"step": 60, "lo')  # cut off by a crash
     log = data.RunLog(tmp_path, resumed_at=50)
     log.write(step=50, val_loss=2.75)
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
@@ -3530,6 +3530,116 @@ def test_bench_ends_with_a_line_of_figures(script, capsys, monkeypatch):
     least, most = {"gpt": (32, 32), "bert": (8, 32), "t5": (40, 40)}[script.NAME]
     assert least - 0.1 < tokens < most + 0.1  # BERT: some are padding; T5: source 16, target 4
     assert row["share"] == pytest.approx(row["gflops"] / row["matmul_gflops"])
+
+
+# --------------------------------------------------------------------------------------------------
+# The terminal
+# --------------------------------------------------------------------------------------------------
+
+
+class Failing(io.TextIOWrapper):
+    """A text stream whose writes fail, as those to a pipe that nobody reads."""
+
+    def __init__(self, error):
+        super().__init__(io.BytesIO(), encoding="utf-8")
+        self.error = error
+
+    def write(self, text):
+        raise self.error
+
+    def fileno(self):
+        return self.file.fileno()
+
+
+def test_what_is_said_to_nobody_does_not_end_a_run(monkeypatch, own_cache):
+    with open(own_cache / "stderr", "w") as file:
+        stream = Failing(BrokenPipeError())
+        stream.file = file
+        monkeypatch.setattr(sys, "stderr", stream)
+        data.say("a")  # no exception, and what follows goes to /dev/null
+        assert os.path.samestat(os.fstat(file.fileno()), os.stat(os.devnull))
+        stream.error = RuntimeError("reentrant call")
+        with data.interrupts() as pressed:
+            os.kill(os.getpid(), signal.SIGINT)
+        assert pressed == [signal.SIGINT]
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+
+
+@pytest.mark.parametrize("error, reason", [
+    (OSError(28, "No space left on device"), OSError), (KeyboardInterrupt(), KeyboardInterrupt)])
+def test_a_save_says_what_befell_it(error, reason):
+    class Full(io.BytesIO):
+        def write(self, block):
+            if self.tell() > 50_000:
+                raise error
+            return super().write(block)
+
+    with pytest.raises(reason) as raised, data.naming("a.pt"):
+        torch.save([torch.zeros(9999) for _ in range(9)], Full())
+    assert str(raised.value) in ("", "cannot write a.pt: No space left on device; "
+                                     "is there space left, and permission?")
+
+
+def test_a_tokenizer_that_does_not_fit_leaves_nothing(own_cache, monkeypatch):
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(json, "dump", full)
+    with pytest.raises(OSError):
+        bpe.Tokenizer.train("a b", 258).save(own_cache / "tokenizer.json")
+    assert not list(own_cache.glob("tokenizer*"))
+
+
+def test_an_interrupted_search_for_the_split_is_an_interrupt(own_cache, monkeypatch):
+    """The text is mapped into memory, and the search holds it while it is stopped."""
+    (own_cache / "text.txt").write_text(f"a{END}b" * 9)
+
+    def stopped(found, dtype):
+        next(found)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(np, "fromiter", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        data.split_point(own_cache / "text.txt")
+
+
+def test_closed_and_full_streams(own_cache):
+    """One process that has no streams, one whose standard output is a full disk, one whose reader
+    has left; whatever happens, there is no traceback."""
+    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import data;"
+            "show = lambda *_: data.say('said') or print('a \\ufffd') or 0;"
+            "sys.exit(data.run_command('x', {'show': (show, ())}, {'p': {'q': 1}}, []))")
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
+    environment.pop("PYTHONUNBUFFERED", None)
+    for redirection, status, out, err in (
+        ("", 0, "a ?\n", "said\n"), ("<&- >&- 2>&-", 0, "", ""), ("2>&-", 0, "a ?\n", ""),
+        ("2>/dev/full", 0, "a ?\n", ""), ("| true", 0, "", "said\n"),
+        (">/dev/full", 2, "", "said\nerror: cannot write standard output: No space left on device; "
+                              "is there space left?\n"),
+    ):
+        if "full" in redirection and not os.path.exists("/dev/full"):
+            continue
+        done = subprocess.run(["sh", "-c", f'"$0" -c "$1" {redirection}', sys.executable, code],
+                              capture_output=True, text=True, env=environment)
+        assert (done.returncode, done.stdout, done.stderr) == (status, out, err), redirection
+
+
+def test_ctrl_c_does_not_reach_the_processes_of_the_pool(own_cache):
+    """They start with it held back, so only the one that started them reacts."""
+    held = functools.partial(signal.pthread_sigmask, signal.SIG_BLOCK)  # returns what was held
+    assert all(signal.SIGINT in signals for signals in data.parallel(held, [[]] * 8))
+    assert signal.SIGINT not in held([])
+
+
+def test_ctrl_c_while_the_packages_load(own_cache):
+    """torch.py here stands for PyTorch, in the middle of its seconds of loading."""
+    (own_cache / "torch.py").write_text(
+        "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nwhile True: pass\n")
+    for script in gpt, bert, t5:
+        shutil.copy(script.__file__, own_cache)
+        done = subprocess.run([sys.executable, own_cache / f"{script.NAME}.py"],
+                              capture_output=True, text=True, timeout=60)
+        assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
 # --------------------------------------------------------------------------------------------------
