@@ -755,6 +755,93 @@ def test_one_stream_is_split_by_bytes_and_the_cache_is_used(tmp_path, monkeypatc
     monkeypatch.undo()
 
 
+CORPUS_MB = int(os.environ.get("CORPUS_MB", 0))
+PREPARE = """
+import json, resource, sys, time
+sys.path.insert(0, sys.argv[1])
+import data
+from data import SEPARATOR
+
+def timed(name):
+    def call(*arguments, work=getattr(data, name)):
+        start = time.perf_counter()
+        work(*arguments)
+        seconds[name] = time.perf_counter() - start
+    seconds[name] = 0
+    setattr(data, name, call)
+
+seconds = {}
+timed("train_tokenizer")
+timed("encode_corpus")
+corpus = data.prepare(sys.argv[2], 8192, [SEPARATOR], SEPARATOR)
+peaks = [resource.getrusage(who).ru_maxrss * 1024 // 10**6
+         for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+print(json.dumps([*seconds.values(), *peaks, len(corpus.train) + len(corpus.validation)]))
+"""
+BESIDE = """
+import sys, time, tokenizers
+sys.path.insert(0, sys.argv[1])
+import data
+theirs = tokenizers.ByteLevelBPETokenizer()
+start = time.perf_counter()
+theirs.train([sys.argv[2]], vocab_size=8192, special_tokens=[data.SEPARATOR], show_progress=False)
+trained, tokens = time.perf_counter(), 0
+path = data.Path(sys.argv[2])
+for piece in data.pieces(path, 0, path.stat().st_size):
+    tokens += sum(len(each.ids) for each in theirs.encode_batch(data.read_piece(piece)))
+print(trained - start, time.perf_counter() - trained, tokens)
+"""
+
+
+def write_large_corpus(path, megabytes: int) -> None:
+    """Stories again and again in random order, in each an invented word or name: 10^6 in a GB."""
+    documents = (ROOT / "input.txt").read_text(encoding="utf-8").split(END + "\n")[:-1]
+    draw = random.Random(0)
+    syllables = [a + b for a in "b d f g k l m n p r s t v ch sh br st".split()
+                 for b in "a e i o u ai ou ar en il".split()]
+    with open(path, "w", encoding="utf-8") as file:
+        while file.tell() < megabytes * 10**6:
+            for text in draw.sample(documents, len(documents)):
+                word = "".join(draw.choices(syllables, k=draw.randint(3, 5)))
+                place = text.find(" ", draw.randrange(len(text) // 2))
+                word = word.capitalize() if draw.random() < 0.5 else word
+                file.write(f"{text[:place]} {word}{text[place:]}{END}\n")
+
+
+@pytest.mark.skipif(not CORPUS_MB, reason="minutes: CORPUS_MB=2000 pytest -s -k large_corpus")
+def test_a_large_corpus_in_bounded_memory(own_cache):
+    """Prints how long it takes to learn a tokenizer and to encode, ours and the library's, and when
+    training on it has begun. Memory: of this process, and of the largest of the others."""
+    path = own_cache / "large.txt"
+    write_large_corpus(path, CORPUS_MB)
+    print(f"\n{path.stat().st_size / 1e6:,.0f} MB")
+
+    def run(code):
+        done = subprocess.run([sys.executable, "-c", code, str(ROOT), str(path)],
+                              capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    learned, encoded, own, other, tokens = json.loads(run(PREPARE))
+    print(f"here: learned in {learned:.1f} s, encoded in {encoded:.1f} s; {tokens:,} tokens; "
+          f"at most {own} MB, and {other} MB in a process for pieces")
+    assert own < 1000 and other < 1000
+    began = time.monotonic()
+    training = subprocess.Popen(
+        [sys.executable, gpt.__file__, "--data", str(path), "--vocab_size", "8192", "--log_interval",
+         "1", "--max_steps", "9", "--eval_interval", "9"], stderr=subprocess.PIPE, text=True)
+    for line in training.stderr:
+        if line.startswith(("model", "step 1/")):
+            print(f"{time.monotonic() - began:.1f} s after the start: {line.strip()}")
+        if line.startswith("step 1/"):
+            break
+    training.kill()
+    training.wait()
+    if CORPUS_MB <= 500:
+        learned, encoded, tokens = map(float, run(BESIDE).split())
+        print(f"tokenizers: learned in {learned:.1f} s, encoded in {encoded:.1f} s; {tokens:,.0f}")
+
+
 def test_pieces_give_the_tokens_of_the_whole(tmp_path, monkeypatch):
     draw = random.Random(0)
     words = ["tree", "and", "naïve", "你好", "...", "\n", "\n\n ", "x" * 30, " ", "12"]
