@@ -892,8 +892,10 @@ def normalizer_of(spec: dict | None):
         (how, pattern), = spec["pattern"].items()
         if how == "Regex" and not re.fullmatch(r" (\{\d,\}|\+)?", pattern) or not pattern:
             raise ValueError(f"its normalizer replaces {pattern!r}")
-        found = re.compile(pattern if how == "Regex" else re.escape(pattern))
-        return lambda text: found.sub(lambda match: spec["content"], text)
+        found, new = re.compile(pattern if how == "Regex" else re.escape(pattern)), spec["content"]
+        if type(new) is not str:
+            raise ValueError("its normalizer replaces by no text")
+        return lambda text: found.sub(lambda match: new, text)
     if kind == "Strip":
         left, right = (SPACE_LIST if spec[side] else "" for side in ("strip_left", "strip_right"))
         return lambda text: text.lstrip(left).rstrip(right)

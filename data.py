@@ -59,6 +59,7 @@ from bpe import Tokenizer, split_words
 
 SEPARATOR = "<|endoftext|>"
 PIECE = 4 << 20  # bytes of text that are handled at a time
+LONGEST = 1 << 24  # bytes of a table's cell, a line of JSON, or a review: no more is taken for one
 
 
 def say(*lines: str) -> None:
@@ -386,16 +387,40 @@ def read_documents(path: Path, part: str):
         yield from ([text] for _, text in archive_texts(path, part))
         return
     with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+
+        def blocks(read, size):
+            try:
+                yield from iter(functools.partial(read, size), b"")
+            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+                raise ValueError(f"{path} is no whole .gz file: {error}") from None
+
         if not path.name.removesuffix(".gz").endswith(".jsonl"):
-            yield iter(functools.partial(file.read, PIECE), b"")
+            yield blocks(file.read, PIECE)
             return
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(blocks(file.readline, LONGEST), 1):
             if line.strip():
                 try:
                     yield [json.loads(line)["text"].encode("utf-8", "replace")]
-                except (ValueError, KeyError, TypeError, AttributeError):
+                except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                     raise ValueError(
                         f'{path}, line {number}: not a JSON object with a "text"') from None
+
+
+class Member(tarfile.TarInfo):
+    """A member of an archive. A small archive can hold gigabytes of zeros, or claim to: so much is
+    neither read nor skipped."""
+
+    @classmethod
+    def frombuf(cls, *arguments):
+        """From the header. What is no file but belongs to the next one's header is read whole."""
+        member = super().frombuf(*arguments)
+        member.check(1 << 30 if member.isreg() else LONGEST)
+        return member
+
+    def check(self, most: int) -> None:
+        """Raises tarfile.ReadError for more than `most` bytes."""
+        if self.size > most:
+            raise tarfile.ReadError(f"{self.name!r:.99} has {self.size:,} bytes")
 
 
 def archive_texts(path: Path, part: str):
@@ -404,12 +429,16 @@ def archive_texts(path: Path, part: str):
     folders = "train/(pos|neg|unsup)" if part == "train" else "test/(pos|neg)"
     wanted = re.compile(rf"aclImdb/{folders}/\d+_\d+\.txt")
     try:
-        with tarfile.open(path, "r|gz") as archive:
+        with tarfile.open(path, "r|gz", tarinfo=Member) as archive:
             for member in archive:
+                member.check(1 << 30)  # (a second header can change the size)
                 if member.isfile() and wanted.fullmatch(member.name):
+                    member.check(LONGEST)
                     text = archive.extractfile(member).read()
                     yield member.name, text.replace(b"<br /><br />", b"\n\n")
-    except (tarfile.TarError, EOFError, zlib.error) as error:
+    except OSError:
+        raise
+    except Exception as error:  # a foreign file can fail in any way
         raise ValueError(f"{path} is no whole archive: {error}") from None
 
 
@@ -802,7 +831,7 @@ def read_table(path, columns, optional=()) -> list[dict]:
 def csv_rows(path: Path):
     """Yield a dict for each row of a CSV file. Rows are counted as a spreadsheet does: from the
     header, row 1, on; a cell may hold commas, quotes and line breaks."""
-    csv.field_size_limit(1 << 24)  # bytes in a cell: a long text, but no endless one
+    csv.field_size_limit(LONGEST)
     with open(path, encoding="utf-8-sig", newline="") as file:  # (-sig: without a byte order mark)
         reader = csv.reader(file, strict=True)
         try:
@@ -1129,19 +1158,29 @@ def read_pickle(path: Path) -> dict[str, Stored]:
     """The tensors of a pytorch_model.bin. Raises pickle.UnpicklingError where it holds code."""
     import torch
 
-    content = torch.load(  # (files from before PyTorch 1.6 are no zip archives)
-        path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    content = unpickle(path, mmap=zipfile.is_zipfile(path))
     if not isinstance(content, dict):
         raise ValueError(f"it holds a {type(content).__name__} instead of tensors and their names")
     tensors = {}
     for name, tensor in content.items():
-        if not isinstance(tensor, torch.Tensor) or (
+        if type(name) is not str or not isinstance(tensor, torch.Tensor) or (
             (tensor.layout, tensor.device.type) != (torch.strided, "cpu")
         ):
             raise ValueError(f"{name!r} in it is no plain tensor")
         tensors[name] = Stored(
             tensor.dtype, tuple(tensor.shape), lambda target, source=tensor: target.copy_(source))
     return tensors
+
+
+def unpickle(path: Path, mmap: bool = False):
+    """What `torch.save` wrote: tensors and plain types, or pickle.UnpicklingError for code."""
+    import torch
+
+    if zipfile.is_zipfile(path):  # (files from before PyTorch 1.6 are none)
+        with zipfile.ZipFile(path) as archive:
+            if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
+                raise ValueError("it is compressed: torch.save never does that")
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
 
 
 def weight_names(folder) -> set[str]:
@@ -1207,6 +1246,29 @@ def _check_fit(folder, found: dict, targets: dict) -> None:
     if problems:
         more = f" ({len(problems) - 1} more do not fit)" if problems[1:] else ""
         raise ValueError(problems[0] + more)
+
+
+def model_that_fits(model_class, config, size: int, tensors: int):
+    """model_class(config). Raises ValueError, before any memory is taken for it, where the files it
+    is to be read from, `tensors` of them in `size` bytes, cannot hold so many weights."""
+    import torch
+
+    class Counted(torch.overrides.TorchFunctionMode):
+        left = size
+
+        def __torch_function__(self, function, types, arguments=(), options=None):
+            made = function(*arguments, **(options or {}))
+            if function.__name__ == "empty":  # weights: nothing has been written to them yet
+                self.left -= made.numel()
+                if self.left < 0:
+                    raise ValueError(f"its settings are of a larger model than {size:,} bytes hold")
+            return made
+
+    layers = max(config.n_layer, getattr(config, "n_decoder_layer", 0) or 0)
+    if layers > tensors:
+        raise ValueError(f"its settings are of a larger model: {layers} layers")
+    with Counted():
+        return model_class(config)
 
 
 def unfilled():
@@ -1302,7 +1364,11 @@ class RunLog:
             for line in path.read_text(encoding="utf-8").splitlines():
                 try:
                     row = json.loads(line)
-                except ValueError:  # cut short by a crash
+                    numbers = [row["step"], row["seconds"], *row.values()]
+                    whole = all(abs(number) < 1e15 for number in numbers)
+                except (ValueError, KeyError, TypeError, RecursionError):
+                    whole = False
+                if not whole:  # cut short by a crash
                     break
                 if row["step"] <= resumed_at:
                     self.rows.append(row)
@@ -1474,10 +1540,32 @@ def add_flags(parser: argparse.ArgumentParser, cls, defaults: dict) -> None:
         group.add_argument(f"--{field.name}", default=argparse.SUPPRESS, **options)
 
 
+def can_be(hint, value) -> bool:
+    """Whether a value is of a field's type, a number finite. (A whole number may be a float.)"""
+    kinds = typing.get_args(hint) or (hint,)
+    if type(value) is int:
+        return (int in kinds or float in kinds) and abs(value) < 1 << 63
+    if type(value) is float:
+        return float in kinds and math.isfinite(value)
+    return type(value) in kinds or type(value) is str and value in kinds
+
+
+def fields_of(cls, settings: dict) -> dict:
+    """Those of the settings that are fields of the dataclass. Raises ValueError where one is of
+    another type."""
+    hints = typing.get_type_hints(cls)
+    own = {field.name: settings[field.name]
+           for field in dataclasses.fields(cls) if field.name in settings}
+    for name, value in own.items():
+        if not can_be(hints[name], value):
+            shown = value if type(value) in (int, float, str) else type(value).__name__
+            raise ValueError(f"{name} cannot be {shown!r:.40}")
+    return own
+
+
 def build(cls, settings: dict):
     """An instance of the dataclass from those of the settings that are its fields."""
-    return cls(**{field.name: settings[field.name]
-                  for field in dataclasses.fields(cls) if field.name in settings})
+    return cls(**fields_of(cls, settings))
 
 
 def defaults_of(classes) -> dict:
@@ -1494,9 +1582,7 @@ def read_settings(path: str, classes) -> dict:
     for name, value in settings.items():
         if name not in hints:
             raise ValueError(f"{path}: there is no setting {name}")
-        kinds = typing.get_args(hints[name]) or (hints[name],)
-        whole = float in kinds and type(value) is int
-        if not (value in kinds or type(value) in kinds or whole):
+        if not can_be(hints[name], value):
             raise ValueError(f"{path}: {name} cannot be {json.dumps(value)}")
     return settings
 
@@ -1578,7 +1664,7 @@ def run_command(name: str, commands: dict, presets: dict, arguments: list[str]) 
         if getattr(error, "errno", 0) in (errno.ENOSPC, errno.EFBIG) and not error.filename:
             silence(sys.stdout)
             error = f"cannot write standard output: {error.strerror}; is there space left?"
-        show(f"error: {error}\n")  # (whichever rank it is)
+        show(f"error: {' '.join(str(error).splitlines())}\n")  # (whichever rank it is)
         return 2
 
 
@@ -1712,24 +1798,38 @@ def keep_freed_memory() -> None:
         mallopt(mmap_max, 0)
 
 
-def load_checkpoint(path, name: str, build_model):
+def load_checkpoint(path, name: str, model_class, parts: dict):
     """(checkpoint, model): what `name`.py saved at `path`, checkpoint["tokenizer"] beside it.
 
-    build_model(config dict) -> the module that takes the weights. No code in the file is run.
-    Raises ValueError where it is something else than a whole checkpoint of that name.
+    parts: checkpoint["config"], of the model, and so on -> the dataclass whose fields each holds.
+    No code in the file is run, and nothing in it is believed unchecked but what a resumed run
+    takes. Raises ValueError where it is something else than a whole checkpoint of that name.
     """
-    import torch
-
     path = Path(path)
     if not path.is_file():
         raise ValueError(
             f"there is no checkpoint {path}: train one, or name another with --init_from")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = {"task": None, **unpickle(path)}
+        for key, kind in dict(name=str, step=int, documents=int, best_loss=float).items():
+            if type(checkpoint[key]) is not kind:
+                raise ValueError(f"its {key} is no {kind.__name__}")
         if checkpoint["name"] != name:
             raise ValueError(f"{checkpoint['name']}.py wrote it")
-        model = build_model(checkpoint["config"])
-        model.load_state_dict(checkpoint["model"])
+        made = {}
+        for part, cls in parts.items():
+            if part == "task" and checkpoint[part] is None:
+                continue
+            if type(checkpoint[part]) is not dict:
+                raise ValueError(f"its {part} is no dict")
+            checkpoint[part] = fields_of(cls, checkpoint[part])
+            made[part] = cls(**checkpoint[part])
+        config, weights = made["config"], checkpoint["model"]
+        if hasattr(config, "n_labels") and "task" in made:
+            if not len(made["task"].labels) == config.n_labels > 0:
+                raise ValueError("its labels are not those of its head")
+        model = model_that_fits(model_class, config, path.stat().st_size, len(weights))
+        model.load_state_dict(weights)
     except pickle.UnpicklingError:
         raise ValueError(
             f"{path} is no whole checkpoint of {name}.py: it is something else, or holds code"
@@ -1738,6 +1838,17 @@ def load_checkpoint(path, name: str, build_model):
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise ValueError(f"{path} is no whole checkpoint of {name}.py: {reason}") from None
     return checkpoint | {"tokenizer": Tokenizer.load(path.with_name("tokenizer.json"))}, model
+
+
+def check_tokenizer(path, tokenizer, special_tokens, vocab_size: int) -> None:
+    """Raises ValueError where the tokenizer at `path` is of another model: it lacks special tokens,
+    or has ids beyond the model's vocabulary."""
+    missing = [token for token in special_tokens if token not in tokenizer.special]
+    if missing:
+        raise ValueError(f"{path}: its tokenizer has no special token {missing[0]}")
+    if tokenizer.vocab_size > vocab_size:
+        raise ValueError(f"{path}: its tokenizer has {tokenizer.vocab_size:,} tokens, the model "
+                         f"{vocab_size:,}")
 
 
 def peak_memory_mb(device) -> float:

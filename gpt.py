@@ -101,6 +101,8 @@ class GPTConfig:
             raise ValueError(
                 f"rotary positions turn pairs of numbers: head_dim {self.key_width} has to be even"
             )
+        if self.block_size * max(self.n_embd, self.n_head * self.key_width) > 1 << 28:
+            raise ValueError(f"block_size {self.block_size} is too large for any memory")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout {self.dropout} is not between 0 and 1")
 
@@ -1100,6 +1102,20 @@ class Muon(torch.optim.Optimizer):
             ))
         super().__init__(groups, {})
 
+    def load_state_dict(self, state_dict):
+        """Raises ValueError, or what else comes, where the state is of other weights."""
+        super().load_state_dict(state_dict)
+        for group in self.param_groups:
+            shape, whole = group["shape"], sum(p.numel() for p in group["params"])
+            for p in group["params"]:
+                shapes = dict(count=(), mean=p.shape, square=p.shape)
+                if group["kind"] == "muon":
+                    shapes = dict(momentum=(whole // math.prod(shape), *shape))
+                state = self.state.get(p, {})
+                found = {name: tuple(value.shape) for name, value in state.items()}
+                if state and (found != shapes or any(0 in v.stride() for v in state.values())):
+                    raise ValueError("its optimizer is of another model")
+
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
@@ -1249,12 +1265,15 @@ class Trainer:
         self.pending = []  # loss and number of tokens of the steps since the last report
         if run.init_from == "resume":
             self.step, self.best = checkpoint["step"], checkpoint["best_loss"]
-            self.pending = [
-                (torch.tensor(loss, device=self.device), n) for loss, n in checkpoint["pending"]
-            ]
             groups = self.optimizer.state_dict()["param_groups"]  # as the flags say now
-            self.optimizer.load_state_dict(checkpoint["optimizer"] | {"param_groups": groups})
-            self.scaler.load_state_dict(checkpoint["scaler"])
+            try:
+                self.pending = [(torch.tensor(float(loss), device=self.device), int(n))
+                                for loss, n in checkpoint["pending"]]
+                self.optimizer.load_state_dict(checkpoint["optimizer"] | {"param_groups": groups})
+                self.scaler.load_state_dict(checkpoint["scaler"])
+            except Exception as error:  # a foreign file can fail in any way
+                reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+                raise ValueError(f"the run in {run.out_dir} cannot go on: {reason}") from None
         self.compiled = torch.compile(self.model) if run.compile else self.model
 
     def open_data(self, run: TrainConfig, checkpoint: dict | None) -> int:
@@ -1637,7 +1656,7 @@ def finetune_command(settings: dict, given: dict) -> int:
     if not resuming and Path(folder).resolve() in (Path(init_from).resolve(),
                                                    Path(init_from).resolve().parent):
         raise ValueError(f"{folder} holds the model to start from: set another --out_dir")
-    checkpoint, _ = open_model(last_checkpoint(folder) if resuming else init_from)
+    checkpoint, model = open_model(last_checkpoint(folder) if resuming else init_from)
     if resuming and not checkpoint["task"]:
         raise ValueError(f"{folder} holds a pretraining: go on with `train`")
     if checkpoint["config"]["n_embd"] >= 512:
@@ -1648,9 +1667,8 @@ def finetune_command(settings: dict, given: dict) -> int:
     if "max_steps" in given and "epochs" not in given:
         settings["epochs"] = 0.0
     run, task = (data.build(cls, settings) for cls in (FinetuneConfig, Task))
-    config = Config(**checkpoint["config"])
     objective = data.build(ObjectiveConfig, checkpoint["objective"])
-    return finish(FineTuner(run, config, objective, checkpoint, task), "finetune ")
+    return finish(FineTuner(run, model.config, objective, checkpoint, task), "finetune ")
 
 
 def finish(trainer: Trainer, command: str) -> int:
@@ -1686,14 +1704,15 @@ def from_pretrained(name_or_folder) -> Model:
     folder = data.pretrained_folder(name_or_folder)
     found = data.read_config(folder)
     names = {published_name(name) for name in data.weight_names(folder)}
+    size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
     try:
-        config = from_published(found, names)
-    except (KeyError, TypeError, ValueError) as error:
-        kind = found.get("model_type", "unknown")
-        raise ValueError(
-            f"{folder}: not a model that {NAME}.py can be (its type is {kind}): {error}") from None
-    with data.unfilled():
-        model = Model(config)
+        config = data.build(Config, vars(from_published(found, names)))
+        with data.unfilled():
+            model = data.model_that_fits(Model, config, size, len(names))
+    except (LookupError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
+        kind = str(found.get("model_type", "unknown"))[:40]
+        raise ValueError(f"{folder}: not a model that {NAME}.py can be (its type is {kind}): "
+                         f"{str(error).partition(chr(10))[0]}") from None
     data.load_weights(folder, published_weights(model), published_name, PASSED_OVER)
     return model.eval()
 
@@ -1726,16 +1745,18 @@ def open_model(path):
     runs = [Path(path) / name for name in ("best.pt", "ckpt.pt")]
     file = next((run for run in runs if run.exists()), Path(path))
     if file.is_file() or file.suffix == ".pt":
-        checkpoint, model = data.load_checkpoint(
-            file, NAME, lambda config: Model(Config(**config)))
+        checkpoint, model = data.load_checkpoint(file, NAME, Model, dict(
+            config=Config, objective=ObjectiveConfig, run=FinetuneConfig, task=Task))
         data.say(f"{file}: step {checkpoint['step']}")
-        return {"task": None, **checkpoint}, model
-    model = from_pretrained(path)
-    return dict(
-        step=0, config=asdict(model.config), objective=asdict(ObjectiveConfig()),
-        run=asdict(TrainConfig()), task=None, documents=1, model=model.state_dict(),
-        tokenizer=Tokenizer.from_pretrained(path),
-    ), model
+    else:
+        model = from_pretrained(path)
+        checkpoint = dict(
+            step=0, config=asdict(model.config), objective=asdict(ObjectiveConfig()),
+            run=asdict(TrainConfig()), task=None, documents=1, model=model.state_dict(),
+            tokenizer=Tokenizer.from_pretrained(path),
+        )
+    data.check_tokenizer(path, checkpoint["tokenizer"], SPECIAL_TOKENS, model.config.vocab_size)
+    return checkpoint, model
 
 
 def load_model(load: RunConfig):
@@ -1755,11 +1776,12 @@ def eval_command(settings: dict, given: dict) -> int:
 
     options = data.build(EvalConfig, settings)
     model, checkpoint, device, dtype = load_model(options)
-    source, autocast = options.data or checkpoint["run"]["data"], data.autocast_to(dtype, device)
-    config = Config(**checkpoint["config"])
+    learned = checkpoint["run"].get("data", "")
+    source, autocast = options.data or learned, data.autocast_to(dtype, device)
+    config = model.config
     if checkpoint["task"]:
         task, parts = data.build(Task, checkpoint["task"]), task_rows(source)
-        if Path(source).is_file() and source != checkpoint["run"]["data"]:  # all of it is new
+        if Path(source).is_file() and source != learned:  # all of it is new
             parts["validation"] += parts["train"]
         examples = Examples(
             task, parts["validation"], checkpoint["tokenizer"], config, parts["train"])

@@ -111,6 +111,8 @@ class T5Config:
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout {self.dropout} is not between 0 and 1")
+        if not all(0 <= i < self.vocab_size for i in (self.pad_id, self.eos_id)):
+            raise ValueError("pad_id and eos_id have to be below vocab_size")
 
     @property
     def key_width(self) -> int:
@@ -992,7 +994,7 @@ def demonstrate(model: T5, corpus, length: int) -> str:
 def generate_speeds(model: T5) -> dict[str, float]:
     """Tokens per second: one sequence, and 32 together; 120 tokens for sources of 116."""
     speeds = {}
-    model.config = replace(model.config, eos_id=-1)  # none ends before the 120th
+    model.config.eos_id = -1  # none ends before the 120th
     for key, rows in ("generate_tokens_per_second", 1), ("generate_batch_tokens_per_second", 32):
         src = torch.randint(
             model.config.vocab_size, (rows, 116), device=next(model.parameters()).device
@@ -1121,9 +1123,10 @@ class Task:
     columns, optional = ("source", "target"), ()
 
     def __post_init__(self):
-        if min(self.source_length, self.target_length) < 2 or self.beams < 1:
-            raise ValueError(
-                "source_length and target_length have to be at least 2, beams at least 1")
+        if not (2 <= self.source_length <= 1 << 16 and 2 <= self.target_length <= 1 << 16
+                and 1 <= self.beams <= 1 << 10):
+            raise ValueError("source_length and target_length have to be between 2 and 65,536, "
+                             "beams between 1 and 1,024")
 
     @staticmethod
     def demonstration(story: dict) -> dict:
@@ -1398,6 +1401,20 @@ class Muon(torch.optim.Optimizer):
             ))
         super().__init__(groups, {})
 
+    def load_state_dict(self, state_dict):
+        """Raises ValueError, or what else comes, where the state is of other weights."""
+        super().load_state_dict(state_dict)
+        for group in self.param_groups:
+            shape, whole = group["shape"], sum(p.numel() for p in group["params"])
+            for p in group["params"]:
+                shapes = dict(count=(), mean=p.shape, square=p.shape)
+                if group["kind"] == "muon":
+                    shapes = dict(momentum=(whole // math.prod(shape), *shape))
+                state = self.state.get(p, {})
+                found = {name: tuple(value.shape) for name, value in state.items()}
+                if state and (found != shapes or any(0 in v.stride() for v in state.values())):
+                    raise ValueError("its optimizer is of another model")
+
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
@@ -1547,12 +1564,15 @@ class Trainer:
         self.pending = []  # loss and number of tokens of the steps since the last report
         if run.init_from == "resume":
             self.step, self.best = checkpoint["step"], checkpoint["best_loss"]
-            self.pending = [
-                (torch.tensor(loss, device=self.device), n) for loss, n in checkpoint["pending"]
-            ]
             groups = self.optimizer.state_dict()["param_groups"]  # as the flags say now
-            self.optimizer.load_state_dict(checkpoint["optimizer"] | {"param_groups": groups})
-            self.scaler.load_state_dict(checkpoint["scaler"])
+            try:
+                self.pending = [(torch.tensor(float(loss), device=self.device), int(n))
+                                for loss, n in checkpoint["pending"]]
+                self.optimizer.load_state_dict(checkpoint["optimizer"] | {"param_groups": groups})
+                self.scaler.load_state_dict(checkpoint["scaler"])
+            except Exception as error:  # a foreign file can fail in any way
+                reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+                raise ValueError(f"the run in {run.out_dir} cannot go on: {reason}") from None
         self.compiled = torch.compile(self.model) if run.compile else self.model
 
     def open_data(self, run: TrainConfig, checkpoint: dict | None) -> int:
@@ -1935,7 +1955,7 @@ def finetune_command(settings: dict, given: dict) -> int:
     if not resuming and Path(folder).resolve() in (Path(init_from).resolve(),
                                                    Path(init_from).resolve().parent):
         raise ValueError(f"{folder} holds the model to start from: set another --out_dir")
-    checkpoint, _ = open_model(last_checkpoint(folder) if resuming else init_from)
+    checkpoint, model = open_model(last_checkpoint(folder) if resuming else init_from)
     if resuming and not checkpoint["task"]:
         raise ValueError(f"{folder} holds a pretraining: go on with `train`")
     if checkpoint["config"]["n_embd"] >= 512:
@@ -1946,9 +1966,8 @@ def finetune_command(settings: dict, given: dict) -> int:
     if "max_steps" in given and "epochs" not in given:
         settings["epochs"] = 0.0
     run, task = (data.build(cls, settings) for cls in (FinetuneConfig, Task))
-    config = Config(**checkpoint["config"])
     objective = data.build(ObjectiveConfig, checkpoint["objective"])
-    return finish(FineTuner(run, config, objective, checkpoint, task), "finetune ")
+    return finish(FineTuner(run, model.config, objective, checkpoint, task), "finetune ")
 
 
 def finish(trainer: Trainer, command: str) -> int:
@@ -1984,14 +2003,15 @@ def from_pretrained(name_or_folder) -> Model:
     folder = data.pretrained_folder(name_or_folder)
     found = data.read_config(folder)
     names = {published_name(name) for name in data.weight_names(folder)}
+    size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
     try:
-        config = from_published(found, names)
-    except (KeyError, TypeError, ValueError) as error:
-        kind = found.get("model_type", "unknown")
-        raise ValueError(
-            f"{folder}: not a model that {NAME}.py can be (its type is {kind}): {error}") from None
-    with data.unfilled():
-        model = Model(config)
+        config = data.build(Config, vars(from_published(found, names)))
+        with data.unfilled():
+            model = data.model_that_fits(Model, config, size, len(names))
+    except (LookupError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
+        kind = str(found.get("model_type", "unknown"))[:40]
+        raise ValueError(f"{folder}: not a model that {NAME}.py can be (its type is {kind}): "
+                         f"{str(error).partition(chr(10))[0]}") from None
     data.load_weights(folder, published_weights(model), published_name, PASSED_OVER)
     return model.eval()
 
@@ -2024,16 +2044,18 @@ def open_model(path):
     runs = [Path(path) / name for name in ("best.pt", "ckpt.pt")]
     file = next((run for run in runs if run.exists()), Path(path))
     if file.is_file() or file.suffix == ".pt":
-        checkpoint, model = data.load_checkpoint(
-            file, NAME, lambda config: Model(Config(**config)))
+        checkpoint, model = data.load_checkpoint(file, NAME, Model, dict(
+            config=Config, objective=ObjectiveConfig, run=FinetuneConfig, task=Task))
         data.say(f"{file}: step {checkpoint['step']}")
-        return {"task": None, **checkpoint}, model
-    model = from_pretrained(path)
-    return dict(
-        step=0, config=asdict(model.config), objective=asdict(ObjectiveConfig()),
-        run=asdict(TrainConfig()), task=None, documents=1, model=model.state_dict(),
-        tokenizer=Tokenizer.from_pretrained(path),
-    ), model
+    else:
+        model = from_pretrained(path)
+        checkpoint = dict(
+            step=0, config=asdict(model.config), objective=asdict(ObjectiveConfig()),
+            run=asdict(TrainConfig()), task=None, documents=1, model=model.state_dict(),
+            tokenizer=Tokenizer.from_pretrained(path),
+        )
+    data.check_tokenizer(path, checkpoint["tokenizer"], SPECIAL_TOKENS, model.config.vocab_size)
+    return checkpoint, model
 
 
 def load_model(load: RunConfig):
@@ -2053,11 +2075,12 @@ def eval_command(settings: dict, given: dict) -> int:
 
     options = data.build(EvalConfig, settings)
     model, checkpoint, device, dtype = load_model(options)
-    source, autocast = options.data or checkpoint["run"]["data"], data.autocast_to(dtype, device)
-    config = Config(**checkpoint["config"])
+    learned = checkpoint["run"].get("data", "")
+    source, autocast = options.data or learned, data.autocast_to(dtype, device)
+    config = model.config
     if checkpoint["task"]:
         task, parts = data.build(Task, checkpoint["task"]), task_rows(source)
-        if Path(source).is_file() and source != checkpoint["run"]["data"]:  # all of it is new
+        if Path(source).is_file() and source != learned:  # all of it is new
             parts["validation"] += parts["train"]
         examples = Examples(
             task, parts["validation"], checkpoint["tokenizer"], config, parts["train"])

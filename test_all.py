@@ -31,6 +31,7 @@ import tempfile
 import threading
 import time
 import unicodedata
+import zipfile
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -454,6 +455,8 @@ def test_damaged_files_of_the_published_models():
         lambda t: t.update(normalizer=dict(type="Strip", strip_left=True, strip_right=True)),
         lambda t: t.update(normalizer=dict(type="Replace", pattern=dict(Regex="(a+)+$"),
                                            content="")),
+        lambda t: t.update(normalizer=dict(type="Replace", pattern=dict(String="a"), content=5)),
+        lambda t: t.update(normalizer=dict(type="Replace", pattern=dict(String="a"))),
         lambda t: t.update(decoder=None),
         charsmap(b""),
         charsmap(whole[:3]),
@@ -902,7 +905,7 @@ def test_the_movie_reviews_archive(server, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="no column 'prompt'"):
         data.read_examples("imdb", PAIRS)
     raw = (tmp_path / "a.tar.gz").read_bytes()
-    for broken in raw[:200], b"no archive" * 100:
+    for broken in raw[:200], b"no archive" * 100, b"\x1f\x8b\x08\x04" + bytes(6):
         (tmp_path / "broken.tar.gz").write_bytes(broken)
         with pytest.raises(ValueError, match="is no whole archive"):
             list(data.archive_texts(tmp_path / "broken.tar.gz", "train"))
@@ -923,6 +926,39 @@ def test_sources_that_cannot_be_used(tmp_path):
         with pytest.raises(ValueError, match=match):
             corpus_of(tmp_path / name)
     assert [p for p in (tmp_path / "cache").rglob("*") if p.is_file()] == []  # nothing half-made
+
+
+def test_archives_that_claim_or_hold_too_much(tmp_path, monkeypatch):
+    """A few kilobytes may be gigabytes of zeros, or say that they are."""
+    monkeypatch.setattr(data, "LONGEST", 1 << 20)
+
+    def header(size, name="aclImdb/train/pos/0_9.txt", kind=tarfile.REGTYPE, second={}):
+        member = tarfile.TarInfo(name)
+        member.size, member.type, member.pax_headers = size, kind, second
+        return member.tobuf(tarfile.PAX_FORMAT if second else tarfile.GNU_FORMAT)
+
+    zeros, long_name = bytes(3 << 20), header(1, kind=tarfile.GNUTYPE_LONGNAME) + b"a" + bytes(511)
+    for content in (
+        header(3 << 20) + zeros,
+        header(3 << 20, kind=tarfile.GNUTYPE_LONGNAME) + zeros,
+        header(1 << 60, "aclImdb/README"),
+        header(0, second=dict(size=str(1 << 60))),
+        long_name * 2000,  # one inside the other
+    ):
+        (tmp_path / "a.tar.gz").write_bytes(gzip.compress(content + bytes(1024), 1))
+        with pytest.raises(ValueError, match="no whole archive: .*(has .* bytes|recurs)"):
+            list(data.archive_texts(tmp_path / "a.tar.gz", "train"))
+    for name, content, problem in (
+        ("a.jsonl.gz", gzip.compress(b'{"text": "' + zeros + b'"}', 1), "line 1: not a JSON"),
+        ("a.jsonl", b'{"text": ' + b"[" * 100_000, "line 1: not a JSON object"),
+        ("a.txt.gz", gzip.compress(bytes(99))[:-9], "a.txt.gz is no whole .gz file: Compressed"),
+        ("a.txt.gz", gzip.compress(bytes(99))[:10] + b"\xff" * 20, "no whole .gz file: Error -3"),
+        ("a.txt.gz", b"no gzip", "no whole .gz file: Not a gzipped file"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=problem):
+            data.find_source(str(tmp_path / name))
+    assert [p for p in (tmp_path / "cache").rglob("*") if p.is_file()] == []
 
 
 @pytest.mark.parametrize("n, block_size, stride", [
@@ -984,6 +1020,16 @@ SIX = ("F32", [2, 3], struct.pack("<6f", 1, 2, 3, 4, 5, 6))
 def saved(content) -> bytes:
     buffer = io.BytesIO()
     torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+def compressed(archive: bytes) -> bytes:
+    """What `torch.save` wrote, packed: `torch.load` would take it."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(archive)) as old, zipfile.ZipFile(
+            buffer, "w", zipfile.ZIP_DEFLATED) as new:
+        for entry in old.infolist():
+            new.writestr(entry.filename, old.read(entry))
     return buffer.getvalue()
 
 
@@ -1103,6 +1149,8 @@ def test_files_that_hold_no_weights(own_cache):
                                struct.pack("<Q", 10**10) + good[8:], saved({"a": torch.ones(2)}))),
         ("pytorch_model__bin", (b"", b"PK\x03\x04", saved({"a": torch.ones(2)})[:400], good,
                                saved({"a": Evil()}), saved({"a": 5}), saved([torch.ones(2)]),
+                               saved({5: torch.ones(2)}),
+                               compressed(saved({"a": torch.ones(9999)})),
                                saved({"a": torch.ones(2, device="meta")}),
                                saved({"a": torch.ones(2).to_sparse()}), pickle.dumps(Evil(), 2))),
     ):
@@ -1322,6 +1370,16 @@ def test_models_that_cannot_be_had(hub, own_cache):
         with pytest.raises(ValueError, match="is neither a folder nor a model's name"):
             data.pretrained_folder(name)
     assert Server.seen == []
+
+
+def test_a_log_that_is_none():
+    good = '{"step": 1, "seconds": 2.5, "loss": 3.0}'
+    for bad in ("5", "[]", '{"step": 1}', '{"step": 1, "seconds": NaN}', "[" * 100_000,
+                '{"step": 2, "seconds": 1, "val_loss": "low"}', '{"step": 1e999, "seconds": 1}'):
+        Path("log.jsonl").write_text(f"{good}\n{bad}\n{good}\n")
+        log = data.RunLog(".", resumed_at=9)
+        assert log.rows == [json.loads(good)]
+        log.draw("a run")
 
 
 def test_the_log_of_a_resumed_run_and_its_chart(tmp_path):
@@ -2326,7 +2384,7 @@ def test_published_weights_give_the_published_numbers_and_go_back(kind, settings
         if kind == "gpt":
             assert torch.equal(ours.generate(idx, 10, temperature=0), written)
         else:
-            ours.config = dataclasses.replace(ours.config, eos_id=-1)
+            ours.config.eos_id = -1
             assert torch.equal(ours.generate(idx, 10), written[:, 1:])
 
 
@@ -3539,6 +3597,113 @@ def test_foreign_and_truncated_checkpoints(stories, capsys, script=gpt):
     Path("run/ckpt.pt").write_bytes(good)
     assert "does not fit the checkpoint" in mistake(
         script, capsys, "--init_from", "resume", "--out_dir", "run", "--n_layer", 9)
+
+
+SIZES = dict(n_layer=1, n_head=2, n_embd=8)
+
+
+def small_checkpoint(script, tokenizer) -> dict:
+    """What a run saves before its first step."""
+    more = {} if script is t5 else dict(block_size=8)
+    config = script.Config(vocab_size=tokenizer.vocab_size, **SIZES, **more)
+    run = script.TrainConfig()
+    model = script.Model(config)
+    return dict(
+        name=script.NAME, step=0, best_loss=math.inf, config=dataclasses.asdict(config),
+        objective=dataclasses.asdict(script.ObjectiveConfig()), run=dataclasses.asdict(run),
+        task=None, documents=1, model=model.state_dict(), pending=[], scaler={},
+        optimizer=script.Muon(model, run, torch.float32).state_dict(),
+    )
+
+
+def test_checkpoints_with_absurd_values(script):
+    tokenizer = byte_tokenizer(script)
+    tokenizer.save("tokenizer.json")
+    good = small_checkpoint(script, tokenizer)
+    nested = functools.reduce(lambda inner, _: [inner] * 2, range(60), 0)  # 2^60, written out
+    breakages = [
+        (["config", "n_layer"], 10**9, "a larger model"),
+        (["config", "n_embd"], 1 << 40, ""),
+        (["config", "n_head"], 2.0, "n_head cannot be 2.0"),
+        (["config", "vocab_size"], 10**400, "vocab_size cannot be"),
+        (["config", "dropout"], math.nan, "dropout cannot be nan"),
+        (["config", "n_ff"], nested, "n_ff cannot be 'list'"),
+        (["config"], [], "its config is no dict"), (["run"], None, "its run is no dict"),
+        (["name"], nested, "its name is no str"),
+        (["run", "data"], 5.0, "data cannot be 5.0"), (["run", "lr"], "a", "lr cannot be 'a'"),
+        (["run", "batch_size"], 0, "--batch_size has to be at least 1"),
+        (["run", "optimizer"], "sgd", "optimizer cannot be 'sgd'"), (["objective"], 3, "no dict"),
+        (["task"], "answer", "its task is no dict"), (["step"], "1", "its step is no int"),
+        (["documents"], torch.ones(2), "its documents is no int"), (["model"], {}, "larger model"),
+    ] + dict(
+        gpt=[(["config", "pos"], "up", "pos cannot be 'up'"),
+             (["task"], dict(min_rating=None), "min_rating cannot be"),
+             (["config", "block_size"], 1 << 40, "too large for any memory")],
+        bert=[(["task"], dict(labels=["a"]), "its labels are not those of its head"),
+              (["task"], dict(labels=[5]), "labels have to be texts")],
+        t5=[(["config", "pad_id"], 1 << 40, "pad_id and eos_id have to be below vocab_size"),
+            (["config", "act"], "gelu", "act cannot be 'gelu'"),
+            (["task"], dict(target_length=1 << 40), "source_length and target_length have to be")],
+    )[script.NAME]
+    torch.save(good, "a.pt")
+    script.open_model("a.pt")
+    for (*path, last), value, problem in breakages:
+        broken = {name: dict(part) if isinstance(part, dict) else part
+                  for name, part in good.items()}
+        functools.reduce(dict.get, path, broken)[last] = value
+        torch.save(broken, "a.pt")
+        with pytest.raises(ValueError, match="a.pt is no whole checkpoint of ") as caught:
+            script.open_model("a.pt")
+        assert problem in str(caught.value) and len(str(caught.value).splitlines()) == 1
+    Path("a.pt").write_bytes(compressed(saved(good)))
+    with pytest.raises(ValueError, match="it is compressed"):
+        script.open_model("a.pt")
+    torch.save(good, "a.pt")
+    for special, vocab_size, problem in (
+        (["<nothing>"], 300, "its tokenizer has no special token"),
+        (script.SPECIAL_TOKENS, 300 + len(script.SPECIAL_TOKENS), "tokens, the model"),
+    ):
+        bpe.Tokenizer.train("abcdefgh" * 9 + "badcfehg" * 9, vocab_size, special).save(
+            "tokenizer.json")
+        with pytest.raises(ValueError, match=problem):
+            script.open_model("a.pt")
+
+
+def test_the_state_of_another_run_s_optimizer(script=gpt):
+    model = script.Model(script.Config(vocab_size=20, block_size=8, **SIZES))
+    optimizer = script.Muon(model, script.TrainConfig(), torch.float32)
+    model(torch.zeros(1, 8).long(), torch.zeros(1, 8).long())[1].backward()
+    optimizer.step()
+    good = optimizer.state_dict()
+    optimizer.load_state_dict(good)
+    optimizer.load_state_dict(good | {"state": {}})  # as before the first step
+    for i, state in good["state"].items():
+        for name, value in state.items():
+            for wrong in (torch.ones(7), torch.ones(1).expand(2, 3), value[..., None], None):
+                with pytest.raises((ValueError, AttributeError, TypeError)):
+                    optimizer.load_state_dict(good | {"state": {i: state | {name: wrong}}})
+
+
+def test_published_settings_that_the_weights_do_not_bear_out(script):
+    more = {} if script is t5 else dict(block_size=8)
+    script.Model(script.Config(vocab_size=20, **SIZES, **more)).save_pretrained("model")
+    config = json.loads(Path("model/config.json").read_text())
+    sizes = dict(gpt=("n_layer", "n_positions"), t5=("num_decoder_layers", "d_ff"),
+                 bert=("num_hidden_layers", "max_position_embeddings"))[script.NAME]
+    script.from_pretrained("model")
+    for value in (10**9, 1 << 40, 10**400, 8.0, "8", [8], None, math.nan):
+        for name in ("vocab_size", *sizes):
+            if value is None and name in ("d_ff", "num_decoder_layers"):  # there are defaults
+                continue
+            Path("model/config.json").write_text(json.dumps(config | {name: value}))
+            with pytest.raises(ValueError, match="^model: not a model that .* can be ") as caught:
+                script.from_pretrained("model")
+            assert len(str(caught.value).splitlines()) == 1
+
+
+def test_an_error_is_one_line_whatever_is_in_it(capsys, script=gpt):
+    assert mistake(script, capsys, "generate", "--init_from", "two\nlines.pt").startswith(
+        "error: there is no checkpoint two lines.pt")
 
 
 def test_a_full_disk_leaves_the_old_checkpoint(stories, capsys, script=gpt):
