@@ -153,12 +153,13 @@ def attention(query, key, value, bias=None, causal=False, scale=None, dropout=0.
     """
     T, S = query.size(-2), key.size(-2)
     scale = query.size(-1) ** -0.5 if scale is None else scale
-    if causal and (T != S or bias is not None or query.device.type == "cpu"):
+    fused = query.device.type != "cpu" or S >= LONG or T == 1
+    if causal and (T != S or bias is not None or not fused):
         future = torch.full(
             (T, S), float("-inf"), dtype=query.dtype, device=query.device
         ).triu(1 + S - T)
         bias, causal = future if bias is None else bias + future, False
-    if query.device.type != "cpu" or S >= LONG or T == 1:
+    if fused:
         return F.scaled_dot_product_attention(query, key, value, bias, dropout, causal, scale=scale)
     scores = (query * scale) @ key.transpose(-2, -1)  # (B, nh, T, S)
     weights = F.softmax(scores if bias is None else scores + bias, dim=-1)

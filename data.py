@@ -103,12 +103,12 @@ def one_process(path, wait: bool = False):
     while True:
         with naming(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            file = open(path, "a+")
+            file = open(path, "a+b", buffering=0)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            holder = file.read() or "another process"
+            holder = file.read(200).decode("utf-8", "replace") or "another process"
             if not wait:
                 raise ValueError(
                     f"{holder} is at work in {path.parent}: wait for it, or set another --out_dir"
@@ -120,10 +120,10 @@ def one_process(path, wait: bool = False):
                 break
         file.close()  # it was the lock of one that has left meanwhile
     with file:
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()}")
-        file.flush()
         try:
+            with naming(path):
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {platform.node()}".encode())
             yield
         finally:
             path.unlink(missing_ok=True)

@@ -20,6 +20,7 @@ import os
 import pickle
 import random
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -796,19 +797,24 @@ print(trained - start, time.perf_counter() - trained, tokens)
 """
 
 
-def write_large_corpus(path, megabytes: int) -> None:
-    """Stories again and again in random order, in each an invented word or name: 10^6 in a GB."""
+def write_large_corpus(path, megabytes: int) -> int:
+    """Stories again and again in random order, with invented words and names strewn in: so many
+    different ones, 10^6 in a GB, are returned."""
     documents = (ROOT / "input.txt").read_text(encoding="utf-8").split(END + "\n")[:-1]
-    draw = random.Random(0)
+    draw, invented = random.Random(0), set()
     syllables = [a + b for a in "b d f g k l m n p r s t v ch sh br st".split()
                  for b in "a e i o u ai ou ar en il".split()]
     with open(path, "w", encoding="utf-8") as file:
         while file.tell() < megabytes * 10**6:
             for text in draw.sample(documents, len(documents)):
-                word = "".join(draw.choices(syllables, k=draw.randint(3, 5)))
-                place = text.find(" ", draw.randrange(len(text) // 2))
-                word = word.capitalize() if draw.random() < 0.5 else word
-                file.write(f"{text[:place]} {word}{text[place:]}{END}\n")
+                for _ in range(draw.choice((1, 1, 2))):
+                    word = "".join(draw.choices(syllables, k=draw.randint(3, 5)))
+                    word = word.capitalize() if draw.random() < 0.5 else word
+                    place = text.find(" ", draw.randrange(len(text) // 2))
+                    text = f"{text[:place]} {word}{text[place:]}"
+                    invented.add(word)
+                file.write(f"{text}{END}\n")
+    return len(invented)
 
 
 @pytest.mark.skipif(not CORPUS_MB, reason="minutes: CORPUS_MB=2000 pytest -s -k large_corpus")
@@ -816,8 +822,8 @@ def test_a_large_corpus_in_bounded_memory(own_cache):
     """Prints how long it takes to learn a tokenizer and to encode, ours and the library's, and when
     training on it has begun. Memory: of this process, and of the largest of the others."""
     path = own_cache / "large.txt"
-    write_large_corpus(path, CORPUS_MB)
-    print(f"\n{path.stat().st_size / 1e6:,.0f} MB")
+    invented = write_large_corpus(path, CORPUS_MB)
+    print(f"\n{path.stat().st_size / 1e6:,.0f} MB with {invented:,} invented words")
 
     def run(code):
         done = subprocess.run([sys.executable, "-c", code, str(ROOT), str(path)],
@@ -2734,18 +2740,23 @@ def test_killed_anywhere_it_goes_on_to_the_same_end(stories, own_cache, monkeypa
         for i in range([gpt, bert, t5].index(script), KILLS, 3):
             folder = f"{script.NAME}-{i}"
             monkeypatch.setenv("XDG_CACHE_HOME", f"cache-{folder}")
-            run = start(script, folder)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                run.wait(draw.uniform(0.1, whole))
-            run.kill()
-            status = run.wait()
+            status = 0
+            while status == 0:  # (one that has ended before is not counted)
+                for root in (folder, f"cache-{folder}"):
+                    shutil.rmtree(root, ignore_errors=True)
+                run = start(script, folder)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    run.wait(draw.uniform(0.1, whole))
+                run.kill()
+                status = run.wait()
+            assert status == -signal.SIGKILL
             left = {path.name.partition(".")[2] for root in (folder, f"cache-{folder}")
                     for path in Path(root).rglob("*") if path.is_file()}
             saved = Path(folder, "ckpt.pt").exists()
             phase = (f"step {torch.load(f'{folder}/ckpt.pt', weights_only=True)['step'] // 50 * 50}+"
                      if saved else "in a download" if "txt.part" in left else
                      "in the cache" if Path(f"cache-{folder}").exists() else "at the start")
-            phases[phase if status else "ended before"] += 1
+            phases[phase] += 1
             phases["in a save"] += any(name.endswith("tmp") for name in left)
             flags = ["--init_from", "resume", "--out_dir"] if saved else []
             assert start(script, folder, *flags).wait() == 0, Path(f"{folder}.err").read_text()
@@ -2755,6 +2766,35 @@ def test_killed_anywhere_it_goes_on_to_the_same_end(stories, own_cache, monkeypa
                 shutil.rmtree(root)
     serving.shutdown()
     print(f"\n{KILLS} kills:", ", ".join(f"{n} {phase}" for phase, n in sorted(phases.items())))
+
+
+@contextlib.contextmanager
+def full_beyond(size: int):
+    """Files cannot grow beyond `size` bytes: what a full disk looks like to one who writes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+
+
+def test_a_disk_that_is_full_before_training_begins(stories, server, own_cache, capsys):
+    Server.files = {"/a.bin": b"x" * 100_000}
+    with full_beyond(40_000), pytest.raises(OSError, match="cannot write new/a.bin.part: File too"):
+        data.download(f"{server}/a.bin", "new/a.bin")
+    assert os.listdir("new") == ["a.bin.part"]  # to go on with
+    assert data.download(f"{server}/a.bin", "new/a.bin").stat().st_size == 100_000
+    assert Server.seen[-1][1] > 0 and os.listdir("new") == ["a.bin"]
+    train = ["--data", stories, *SMALL, "--max_steps", 1]
+    cache = data.cache_folder()
+    for size, unwritten in (0, "tokenizers"), (100, "tokenizers"), (30_000, "tokens"):
+        with full_beyond(size):
+            assert f"cannot write {cache / unwritten}" in mistake(gpt, capsys, *train)
+        assert os.listdir(cache / unwritten) == []
+    command(gpt, *train)
 
 
 RANK = """
