@@ -1403,7 +1403,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(groups, {})
 
     def load_state_dict(self, state_dict):
-        """Raises ValueError, or what else comes, where the state is of other weights."""
+        """Raises ValueError (or PyTorch another error) where the state is of other weights."""
         super().load_state_dict(state_dict)
         for group in self.param_groups:
             shape, whole = group["shape"], sum(p.numel() for p in group["params"])

@@ -20,7 +20,6 @@ import os
 import pickle
 import random
 import re
-import resource
 import shutil
 import signal
 import socket
@@ -2771,6 +2770,7 @@ def test_killed_anywhere_it_goes_on_to_the_same_end(stories, own_cache, monkeypa
 @contextlib.contextmanager
 def full_beyond(size: int):
     """Files cannot grow beyond `size` bytes: what a full disk looks like to one who writes."""
+    resource = pytest.importorskip("resource")  # (not on Windows)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
