@@ -37,21 +37,22 @@ Papers: Devlin et al. 2019, https://arxiv.org/abs/1810.04805 (BERT); Vaswani et 
 https://arxiv.org/abs/1706.03762 (attention).
 """
 
+import os
+import signal
+
+if __name__ == "__main__":  # Ctrl-C while the packages load leaves no traceback
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 import functools
 import itertools
 import json
 import math
-import os
-import signal
 import statistics
 import sys
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
-
-if __name__ == "__main__":  # Ctrl-C while the packages load leaves no traceback
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import numpy as np
 import torch

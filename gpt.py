@@ -32,13 +32,17 @@ Papers: Radford et al. 2019, "Language Models are Unsupervised Multitask Learner
 Vaswani et al. 2017, https://arxiv.org/abs/1706.03762 (attention); Radford et al. 2018 (GPT).
 """
 
+import os
+import signal
+
+if __name__ == "__main__":  # Ctrl-C while the packages load leaves no traceback
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 import codecs
 import contextlib
 import itertools
 import json
 import math
-import os
-import signal
 import statistics
 import sys
 import textwrap
@@ -46,9 +50,6 @@ import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
-
-if __name__ == "__main__":  # Ctrl-C while the packages load leaves no traceback
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import numpy as np
 import torch

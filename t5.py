@@ -35,13 +35,17 @@ https://arxiv.org/abs/2002.05202 (gated feed-forwards); Vaswani et al. 2017,
 https://arxiv.org/abs/1706.03762 (attention).
 """
 
+import os
+import signal
+
+if __name__ == "__main__":  # Ctrl-C while the packages load leaves no traceback
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 import contextlib
 import functools
 import itertools
 import json
 import math
-import os
-import signal
 import re
 import statistics
 import sys
@@ -50,9 +54,6 @@ from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
-
-if __name__ == "__main__":  # Ctrl-C while the packages load leaves no traceback
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import numpy as np
 import torch
