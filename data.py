@@ -113,7 +113,7 @@ def one_process(path, wait: bool = False):
                 raise ValueError(
                     f"{holder} is at work in {path.parent}: wait for it, or set another --out_dir"
                 ) from None
-            say(f"waiting for {holder}, which is making {path.stem}")
+            say(f"waiting for {holder}, which makes the same: {path.parent.name}/{path.stem}")
             fcntl.flock(file, fcntl.LOCK_EX)
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
