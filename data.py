@@ -94,15 +94,16 @@ def one_process(path, wait: bool = False):
     Where one is, wait for it to leave; or without `wait` raise ValueError. A process that is killed
     leaves, too: the system lets go of what it held. (No effect on Windows.)
     """
+    path = Path(path)
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     try:
         import fcntl
     except ImportError:
         yield
         return
-    path = Path(path)
     while True:
         with naming(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
             file = open(path, "a+b", buffering=0)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -496,7 +497,7 @@ def pieces(path: Path, start: int, stop: int) -> list[tuple[Path, int, int]]:
             words = (list(re.finditer(rb"[!-~](?=\n)", block[late:]))
                      or list(re.finditer(rb"[!-~](?= )", block[late:])))
             cut = late + words[-1].end() if words else PIECE
-            while inside_a_character(block[cut]):
+            while inside_a_character(block[cut]) and cut > late:  # (all of it: no UTF-8)
                 cut -= 1
         cuts.append(cuts[-1] + cut)
     return [(path, first, last) for first, last in itertools.pairwise([*cuts, stop])]
@@ -665,6 +666,8 @@ def encode_corpus(
 def write_tokens(
     parts: dict[str, list], folder: Path, tokenizer: Tokenizer, separator: str
 ) -> None:
+    """Fill the new folder: tokenizer.json, the parts' tokens, and corpus.json with their type and
+    the number of documents."""
     with naming(folder):
         folder.mkdir()
         tokenizer.save(folder / "tokenizer.json")
@@ -1158,7 +1161,7 @@ def read_pickle(path: Path) -> dict[str, Stored]:
     """The tensors of a pytorch_model.bin. Raises pickle.UnpicklingError where it holds code."""
     import torch
 
-    content = unpickle(path, mmap=zipfile.is_zipfile(path))
+    content = unpickle(path, mmap=True)
     if not isinstance(content, dict):
         raise ValueError(f"it holds a {type(content).__name__} instead of tensors and their names")
     tensors = {}
@@ -1176,11 +1179,12 @@ def unpickle(path: Path, mmap: bool = False):
     """What `torch.save` wrote: tensors and plain types, or pickle.UnpicklingError for code."""
     import torch
 
-    if zipfile.is_zipfile(path):  # (files from before PyTorch 1.6 are none)
+    zipped = zipfile.is_zipfile(path)  # (files from before PyTorch 1.6 are no archives)
+    if zipped:
         with zipfile.ZipFile(path) as archive:
             if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
                 raise ValueError("it is compressed: torch.save never does that")
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipped)
 
 
 def weight_names(folder) -> set[str]:
@@ -1684,7 +1688,8 @@ def meet(device) -> None:
     import torch.distributed as dist
 
     if ranks()[1] > 1 and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        with talking():
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
 
 
 @contextlib.contextmanager
@@ -1695,16 +1700,16 @@ def talking():
     except RuntimeError as error:
         reason = re.sub(r"^\[.*?\] ", "", str(error).partition("\n")[0])[:80]
         raise ConnectionError(
-            f"rank {ranks()[0]} can no longer reach another rank, which has ended or failed "
+            f"rank {ranks()[0]} cannot reach another rank, which has ended or failed "
             f"({reason}); once that is mended, go on with --init_from resume") from None
 
 
 def from_all(thing) -> list:
     """What all ranks have, in their order: anything that can be pickled."""
-    import torch.distributed as dist
-
     found = [thing] * ranks()[1]
-    if ranks()[1] > 1:
+    if len(found) > 1:
+        import torch.distributed as dist
+
         with talking():
             dist.all_gather_object(found, thing)
     return found

@@ -1115,6 +1115,7 @@ class Muon(torch.optim.Optimizer):
                     shapes = dict(momentum=(whole // math.prod(shape), *shape))
                 state = self.state.get(p, {})
                 found = {name: tuple(value.shape) for name, value in state.items()}
+                # (Stride 0: a single number that poses as a whole tensor, and cannot be updated.)
                 if state and (found != shapes or any(0 in v.stride() for v in state.values())):
                     raise ValueError("its optimizer is of another model")
 
@@ -1417,10 +1418,11 @@ class Trainer:
                   if "loss" in row and row["step"] > self.step - steps]
         if self.step >= self.run.warmup_steps + steps and min(recent) > guess:
             self.come_apart(
-                f"the loss stayed above {min(recent) - 0.1:.1f} from step "
-                f"{self.step - steps + 1} to {self.step} (a blind guess: {guess - 1:.1f})")
+                f"the loss was {min(recent):.1f} or more from step {self.step - steps + 1} "
+                f"to {self.step} (a blind guess: {guess - 1:.1f})")
 
     def come_apart(self, what: str):
+        """Raises ValueError: what was seen, what is left, and what to try."""
         raise ValueError(
             f"{what}; the last good checkpoint is kept in {self.out_dir}. Try half the --lr and "
             "--matrix_lr, a longer --warmup_steps, or --dtype float32"

@@ -836,8 +836,8 @@ def test_a_large_corpus_in_bounded_memory(own_cache):
     assert own < 1000 and other < 1000
     began = time.monotonic()
     training = subprocess.Popen(
-        [sys.executable, gpt.__file__, "--data", str(path), "--vocab_size", "8192", "--log_interval",
-         "1", "--max_steps", "9", "--eval_interval", "9"], stderr=subprocess.PIPE, text=True)
+        [sys.executable, gpt.__file__, "--data", str(path), "--vocab_size", "8192", "--max_steps",
+         "9", "--eval_interval", "9", "--log_interval", "1"], stderr=subprocess.PIPE, text=True)
     for line in training.stderr:
         if line.startswith(("model", "step 1/")):
             print(f"{time.monotonic() - began:.1f} s after the start: {line.strip()}")
@@ -931,6 +931,14 @@ def test_sources_that_cannot_be_used(tmp_path):
         with pytest.raises(ValueError, match=match):
             corpus_of(tmp_path / name)
     assert [p for p in (tmp_path / "cache").rglob("*") if p.is_file()] == []  # nothing half-made
+
+
+def test_a_file_that_is_no_text_is_cut_and_named(tmp_path, monkeypatch):
+    """Nothing but the later bytes of characters: there is no place to cut at."""
+    monkeypatch.setattr(data, "PIECE", 999)
+    (tmp_path / "a.txt").write_bytes(b"\x80" * 5000)
+    with pytest.raises(ValueError, match="a.txt is not UTF-8 text: byte 0x80 at offset 0"):
+        data.prepare(str(tmp_path / "a.txt"), 300, [END], END)
 
 
 def test_archives_that_claim_or_hold_too_much(tmp_path, monkeypatch):
@@ -2752,8 +2760,9 @@ def test_killed_anywhere_it_goes_on_to_the_same_end(stories, own_cache, monkeypa
             left = {path.name.partition(".")[2] for root in (folder, f"cache-{folder}")
                     for path in Path(root).rglob("*") if path.is_file()}
             saved = Path(folder, "ckpt.pt").exists()
-            phase = (f"step {torch.load(f'{folder}/ckpt.pt', weights_only=True)['step'] // 50 * 50}+"
-                     if saved else "in a download" if "txt.part" in left else
+            step = saved and torch.load(f"{folder}/ckpt.pt", weights_only=True)["step"]
+            phase = (f"step {step // 50 * 50}+" if saved else
+                     "in a download" if "txt.part" in left else
                      "in the cache" if Path(f"cache-{folder}").exists() else "at the start")
             phases[phase] += 1
             phases["in a save"] += any(name.endswith("tmp") for name in left)
@@ -2844,7 +2853,7 @@ def test_two_ranks_train_as_one_process_does(stories):
             ("t5", ["--corruption", "bernoulli", *common, "t5"])]
     (status, printed), other = run_ranks(2, [[name, *arguments] for name, arguments in jobs])
     assert other == (7, "") and status == 2, printed  # the first rank speaks for all
-    assert "rank 0 can no longer reach another rank" in printed.splitlines()[-1]
+    assert "rank 0 cannot reach another rank" in printed.splitlines()[-1]
     for name, arguments in jobs:
         whole = [] if "finetune" in arguments else ["--batch_size", 8, "--grad_accum", 1]
         command(importlib.import_module(name), *arguments[:-1], "alone", *whole)
@@ -2940,7 +2949,7 @@ def test_float16_leaves_the_weights_where_a_gradient_overflows():
 
 @pytest.mark.parametrize("rate, problem", [
     (1e30, r"the loss became (nan|inf) at step \d+"),
-    (30, r"the loss stayed above \d+\.\d from step \d+ to \d+ \(a blind guess: 6\.0\)"),
+    (30, r"the loss was \d+\.\d or more from step \d+ to \d+ \(a blind guess: 6\.0\)"),
 ])
 def test_a_run_that_comes_apart_is_stopped(rate, problem, stories, capsys, script=gpt):
     command(script, "--data", stories, "--out_dir", "run", "--max_steps", 60, *SMALL,
@@ -3880,19 +3889,6 @@ def test_a_tokenizer_that_does_not_fit_leaves_nothing(own_cache, monkeypatch):
     with pytest.raises(OSError):
         bpe.Tokenizer.train("a b", 258).save(own_cache / "tokenizer.json")
     assert not list(own_cache.glob("tokenizer*"))
-
-
-def test_an_interrupted_search_for_the_split_is_an_interrupt(own_cache, monkeypatch):
-    """The text is mapped into memory, and the search holds it while it is stopped."""
-    (own_cache / "text.txt").write_text(f"a{END}b" * 9)
-
-    def stopped(found, dtype):
-        next(found)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(np, "fromiter", stopped)
-    with pytest.raises(KeyboardInterrupt):
-        data.split_point(own_cache / "text.txt")
 
 
 def test_closed_and_full_streams(own_cache):
