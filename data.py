@@ -1,4 +1,4 @@
-"""What the three models read from a disk or the net, and what a run writes.
+"""What the three models read from a disk or the net, what a run writes, and the commands.
 
     corpus = prepare("input.txt", 1024, ["<|endoftext|>"], separator="<|endoftext|>")
     corpus.tokenizer, corpus.train, corpus.validation        # the tokens are memory-mapped arrays
@@ -17,6 +17,13 @@ Memory stays bounded: a text is only ever read in pieces of a few megabytes, by 
     load_weights(folder, {"wte.weight": model.embedding.weight, ...})
 
 Published weights are read straight into the parameters, and no code in them is ever run.
+
+    run_command(gpt, ["--n_layer", "6"])                     # what `python gpt.py --n_layer 6` does
+
+Nothing here is needed to understand the models; it makes them a tool. In order: 1 downloads,
+2 sources, 3 the split, 4 tokens, 5 tables of examples, 6 weight files, 7 log and chart, 8 flags,
+9 the machine (devices, ranks, signals), 10 the commands. torch is imported only where it is used:
+the processes that tokenize a large text do without it.
 """
 
 import argparse
@@ -42,6 +49,7 @@ import platform
 import re
 import shutil
 import signal
+import statistics
 import sys
 import tarfile
 import threading
@@ -906,6 +914,35 @@ def read_reviews(archive: Path, part: str):
             yield dict(text=text.decode("utf-8", "replace"), label=label, place=name)
 
 
+def task_rows(task, source: str) -> dict[str, list[dict]]:
+    """{"train": rows, "validation": rows} of a source; of "", the task's demonstration."""
+    if source:
+        return read_examples(source, task.columns, task.optional)
+    return {
+        part: [task.demonstration(story) | {"place": story["title"]} for story in found]
+        for part, found in stories().items()
+    }
+
+
+class Examples:
+    """Rows of a task's data, encoded; those that the task leaves out are left out."""
+
+    def __init__(self, task, rows: list[dict], tokenizer, config, learned: list[dict]):
+        """learned: the rows that were learned from, to compare with."""
+        self.task, self.tokenizer, self.learned = task, tokenizer, learned
+        found = [(row, task.encode(row, tokenizer, config)) for row in rows]
+        self.rows = [row for row, example in found if example]
+        self.encoded = [example for _, example in found if example]
+        self.cropped = sum(example["cropped"] for example in self.encoded)
+        self.left_out = len(rows) - len(self.rows)
+        self.lengths = [example["length"] for example in self.encoded]
+
+    def batch(self, numbers, generator=None) -> dict:
+        """The examples of these numbers as tensors, padded to the longest of them. With a generator
+        as they are to be trained on."""
+        return self.task.collate([self.encoded[i] for i in numbers], self.tokenizer, generator)
+
+
 class Batches:
     """Which rows a step takes: batches[step] -> row numbers, (at most `size`,) int64.
 
@@ -1591,13 +1628,13 @@ def read_settings(path: str, classes) -> dict:
     return settings
 
 
-def parse_command(name: str, commands: dict, presets: dict, arguments: list[str]):
+def parse_command(paradigm, arguments: list[str]):
     """(the command's function, all its settings, those given).
 
-    Precedence of settings: defaults < --preset < --config < flags. commands: name -> (function,
-    dataclasses whose fields are its flags); the first one is the default, and so is the first
-    preset, a dict of settings. Raises ValueError for what cannot be understood.
+    Precedence of settings: defaults < --preset < --config < flags. The first command is the
+    default, and so is the first preset. Raises ValueError for what cannot be understood.
     """
+    commands, presets = commands_of(paradigm), presets_of(paradigm)
     chosen = (arguments[0] if arguments and not arguments[0].startswith("-")
               else next(iter(commands)))
     if chosen not in commands:
@@ -1606,7 +1643,7 @@ def parse_command(name: str, commands: dict, presets: dict, arguments: list[str]
         raise ValueError(f"{chosen} is for one process: start it without torchrun")
     command, classes = commands[chosen]
     parser = Parser(
-        prog=f"python {name}.py {chosen}",
+        prog=f"python {paradigm.NAME}.py {chosen}",
         usage="%(prog)s [flags]",
         description=command.__doc__,
         epilog=f"Commands: {', '.join(commands)}; without one, {next(iter(commands))}. "
@@ -1647,15 +1684,15 @@ def open_streams() -> None:
             stream.reconfigure(errors="replace")
 
 
-def run_command(name: str, commands: dict, presets: dict, arguments: list[str]) -> int:
+def run_command(paradigm, arguments: list[str]) -> int:
     """Run a command, see `parse_command`. Returns the exit status: 0 done, 2 the user's mistake or
     the machine's failure (a line says which), 130 Ctrl-C, 141 nobody reads on (`... | head`)."""
     open_streams()
     try:
         with on_signals(signal.default_int_handler, signal.SIGINT):
             try:
-                command, settings, given = parse_command(name, commands, presets, arguments)
-                return command(settings, given)
+                command, settings, given = parse_command(paradigm, arguments)
+                return command(paradigm, settings, given)
             finally:
                 sys.stdout.flush()
     except KeyboardInterrupt:
@@ -1803,59 +1840,6 @@ def keep_freed_memory() -> None:
         mallopt(mmap_max, 0)
 
 
-def load_checkpoint(path, name: str, model_class, parts: dict):
-    """(checkpoint, model): what `name`.py saved at `path`, checkpoint["tokenizer"] beside it.
-
-    parts: checkpoint["config"], of the model, and so on -> the dataclass whose fields each holds.
-    No code in the file is run, and nothing in it is believed unchecked but what a resumed run
-    takes. Raises ValueError where it is something else than a whole checkpoint of that name.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(
-            f"there is no checkpoint {path}: train one, or name another with --init_from")
-    try:
-        checkpoint = {"task": None, **unpickle(path)}
-        for key, kind in dict(name=str, step=int, documents=int, best_loss=float).items():
-            if type(checkpoint[key]) is not kind:
-                raise ValueError(f"its {key} is no {kind.__name__}")
-        if checkpoint["name"] != name:
-            raise ValueError(f"{checkpoint['name']}.py wrote it")
-        made = {}
-        for part, cls in parts.items():
-            if part == "task" and checkpoint[part] is None:
-                continue
-            if type(checkpoint[part]) is not dict:
-                raise ValueError(f"its {part} is no dict")
-            checkpoint[part] = fields_of(cls, checkpoint[part])
-            made[part] = cls(**checkpoint[part])
-        config, weights = made["config"], checkpoint["model"]
-        if hasattr(config, "n_labels") and "task" in made:
-            if not len(made["task"].labels) == config.n_labels > 0:
-                raise ValueError("its labels are not those of its head")
-        model = model_that_fits(model_class, config, path.stat().st_size, len(weights))
-        model.load_state_dict(weights)
-    except pickle.UnpicklingError:
-        raise ValueError(
-            f"{path} is no whole checkpoint of {name}.py: it is something else, or holds code"
-        ) from None
-    except Exception as error:  # a foreign file can fail in any way
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise ValueError(f"{path} is no whole checkpoint of {name}.py: {reason}") from None
-    return checkpoint | {"tokenizer": Tokenizer.load(path.with_name("tokenizer.json"))}, model
-
-
-def check_tokenizer(path, tokenizer, special_tokens, vocab_size: int) -> None:
-    """Raises ValueError where the tokenizer at `path` is of another model: it lacks special tokens,
-    or has ids beyond the model's vocabulary."""
-    missing = [token for token in special_tokens if token not in tokenizer.special]
-    if missing:
-        raise ValueError(f"{path}: its tokenizer has no special token {missing[0]}")
-    if tokenizer.vocab_size > vocab_size:
-        raise ValueError(f"{path}: its tokenizer has {tokenizer.vocab_size:,} tokens, the model "
-                         f"{vocab_size:,}")
-
-
 def peak_memory_mb(device) -> float:
     """The most memory this process (CPU) or its tensors (CUDA) have taken so far, in 10^6 bytes."""
     import torch
@@ -1866,24 +1850,6 @@ def peak_memory_mb(device) -> float:
 
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
-
-
-def prompts(given: str):
-    """Yield the prompt that was given; without one, each line that is typed, until Ctrl-D."""
-    if given:
-        yield given
-        return
-    if not sys.stdin.isatty():
-        raise ValueError("this model was fine-tuned to answer: say what, with --prompt")
-    say("Type something and press Enter; Ctrl-D ends.")
-    while True:
-        show("> ")
-        line = sys.stdin.readline()
-        if not line:
-            say("")
-            return
-        if line.strip():
-            yield line.strip()
 
 
 @contextlib.contextmanager
@@ -1915,3 +1881,381 @@ def on_signals(handler, *numbers):
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+# --------------------------------------------------------------------------------------------------
+# 10. The commands. `paradigm` is the module gpt, bert or t5: the file that was started
+# --------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class EvalConfig:
+    """What to evaluate on."""
+
+    data: str = ""  # as in training; without it, what the model was trained on
+    batch_size: int = 32  # sequences that are computed at once
+
+
+@dataclasses.dataclass
+class ExportConfig:
+    """Where to."""
+
+    to: str = ""  # the folder to write
+
+
+def commands_of(paradigm) -> dict[str, tuple]:
+    """name -> (function, dataclasses whose fields are its flags)."""
+    sizes = paradigm.Config, paradigm.ObjectiveConfig, paradigm.TrainConfig
+    return {
+        "train": (train_command, sizes),
+        "finetune": (finetune_command, (paradigm.FinetuneConfig, paradigm.Task)),
+        "generate": (generate_command, (paradigm.GenerateConfig, paradigm.RunConfig)),
+        "eval": (eval_command, (EvalConfig, paradigm.RunConfig)),
+        "export": (export_command, (ExportConfig, paradigm.RunConfig)),
+        "bench": (bench_command, sizes),
+    } | paradigm.OWN_COMMANDS
+
+
+def presets_of(paradigm) -> dict[str, dict]:
+    """name -> the settings of a named size, with those that train it well."""
+    return {name: size | paradigm.RECIPES.get(name, {}) for name, size in paradigm.PRESETS.items()}
+
+
+def last_checkpoint(folder: str) -> Path:
+    """Where a run that is to go on has its state. Raises ValueError where there is none."""
+    path = Path(folder) / "ckpt.pt"
+    if not path.exists():
+        raise ValueError(
+            f"nothing to resume in {folder}: no ckpt.pt; leave --init_from out, or set --out_dir")
+    return path
+
+
+def train_command(paradigm, settings: dict, given: dict) -> int:
+    """Train, from scratch, from a checkpoint's weights, or where a run was stopped."""
+    init_from, checkpoint, folder = settings["init_from"], None, settings["out_dir"]
+    if init_from != "scratch":
+        checkpoint, _ = open_model(
+            paradigm, last_checkpoint(folder) if init_from == "resume" else init_from)
+        if init_from == "resume" and checkpoint["task"]:
+            raise ValueError(f"{folder} holds a fine-tuning: go on with `finetune`")
+        for name, value in checkpoint["config"].items():
+            if name in given and given[name] != value and name != "dropout":
+                raise ValueError(f"--{name} {given[name]} does not fit the checkpoint, "
+                                 f"which has {value}: leave it out")
+        settings |= checkpoint["config"] | {k: v for k, v in given.items() if k == "dropout"}
+        if init_from == "resume":
+            settings |= checkpoint["objective"] | checkpoint["run"] | given
+            settings["out_dir"] = folder  # also when it has been moved since
+    config, objective, run = (
+        build(cls, settings)
+        for cls in (paradigm.Config, paradigm.ObjectiveConfig, paradigm.TrainConfig))
+    return finish(paradigm, paradigm.Trainer(run, config, objective, checkpoint), "")
+
+
+def finetune_command(paradigm, settings: dict, given: dict) -> int:
+    """Teach a trained or a published model a task, by examples. (The defaults are for small models;
+    those 512 wide and more get AdamW's usual ones, FINETUNING["published"] in the source.)"""
+    init_from, folder = settings["init_from"], settings["out_dir"]
+    resuming, origin = init_from == "resume", Path(init_from)
+    if init_from == "scratch":
+        raise ValueError("--scratch true forgets the weights; --init_from names the model whose "
+                         "sizes and tokenizer are kept")
+    if "init_from" not in given and not origin.exists():
+        raise ValueError(
+            f"nothing to start from: there is no {init_from} yet. First `python {paradigm.NAME}.py`"
+            ", or name a run, a checkpoint or a published model with --init_from")
+    if not resuming and Path(folder).resolve() in (origin.resolve(), origin.resolve().parent):
+        raise ValueError(f"{folder} holds the model to start from: set another --out_dir")
+    checkpoint, model = open_model(paradigm, last_checkpoint(folder) if resuming else init_from)
+    if resuming and not checkpoint["task"]:
+        raise ValueError(f"{folder} holds a pretraining: go on with `train`")
+    if checkpoint["config"]["n_embd"] >= 512:
+        settings |= paradigm.FINETUNING["published"]
+    if resuming:
+        settings |= checkpoint["task"] | checkpoint["run"] | {"out_dir": folder}
+    settings |= given | {"init_from": init_from}
+    if "max_steps" in given and "epochs" not in given:
+        settings["epochs"] = 0.0
+    run, task = (build(cls, settings) for cls in (paradigm.FinetuneConfig, paradigm.Task))
+    objective = build(paradigm.ObjectiveConfig, checkpoint["objective"])
+    trainer = paradigm.FineTuner(run, model.config, objective, checkpoint, task)
+    return finish(paradigm, trainer, "finetune ")
+
+
+def finish(paradigm, trainer, command: str) -> int:
+    """Train to the end, or to Ctrl-C, and say what can be done next."""
+    run, start = trainer.run, f"python {paradigm.NAME}.py"
+    again = "" if run.out_dir == f"out/{paradigm.NAME}" else f" --out_dir {run.out_dir}"
+    if not trainer.train():
+        trainer.log.say(f"stopped at step {trainer.step}. "
+                        f"To go on: {start} {command}--init_from resume{again}")
+        return 130
+    if trainer.worn_out:
+        trainer.log.say("the held-out loss no longer falls: stopped; best.pt has the best of it")
+    trainer.log.say(
+        *("", trainer.show(400).strip(), "", *trainer.table.splitlines()),
+        f"Done: {run.out_dir} holds the checkpoints, log.jsonl and loss.svg. Try next:",
+        f"  {start} generate{again}",
+        f"  {start} eval{again}",
+        f"  {start} {command}--init_from resume --max_steps {2 * run.max_steps}{again}",
+    )
+    return 0
+
+
+def load_checkpoint(paradigm, path):
+    """(checkpoint, model): what this model file saved at `path`, checkpoint["tokenizer"] beside it.
+
+    No code in the file is run, and nothing in it is believed unchecked but what a resumed run
+    takes. Raises ValueError where it is something else than a whole checkpoint of this model file.
+    """
+    path, name = Path(path), paradigm.NAME
+    parts = dict(config=paradigm.Config, objective=paradigm.ObjectiveConfig,
+                 run=paradigm.FinetuneConfig, task=paradigm.Task)
+    if not path.is_file():
+        raise ValueError(
+            f"there is no checkpoint {path}: train one, or name another with --init_from")
+    try:
+        checkpoint = {"task": None, **unpickle(path)}
+        for key, kind in dict(name=str, step=int, documents=int, best_loss=float).items():
+            if type(checkpoint[key]) is not kind:
+                raise ValueError(f"its {key} is no {kind.__name__}")
+        if checkpoint["name"] != name:
+            raise ValueError(f"{checkpoint['name']}.py wrote it")
+        made = {}
+        for part, cls in parts.items():
+            if part == "task" and checkpoint[part] is None:
+                continue
+            if type(checkpoint[part]) is not dict:
+                raise ValueError(f"its {part} is no dict")
+            checkpoint[part] = fields_of(cls, checkpoint[part])
+            made[part] = cls(**checkpoint[part])
+        config, weights = made["config"], checkpoint["model"]
+        if hasattr(config, "n_labels") and "task" in made:
+            if not len(made["task"].labels) == config.n_labels > 0:
+                raise ValueError("its labels are not those of its head")
+        model = model_that_fits(paradigm.Model, config, path.stat().st_size, len(weights))
+        model.load_state_dict(weights)
+    except pickle.UnpicklingError:
+        raise ValueError(
+            f"{path} is no whole checkpoint of {name}.py: it is something else, or holds code"
+        ) from None
+    except Exception as error:  # a foreign file can fail in any way
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise ValueError(f"{path} is no whole checkpoint of {name}.py: {reason}") from None
+    return checkpoint | {"tokenizer": Tokenizer.load(path.with_name("tokenizer.json"))}, model
+
+
+def resume(checkpoint: dict, optimizer, scaler, device) -> list[tuple]:
+    """Put optimizer and scaler into the checkpoint's state, with learning rates as the flags say
+    now. Returns (loss, tokens) of the steps since its last line in the log. Raises ValueError where
+    it is of another model."""
+    import torch
+
+    groups = optimizer.state_dict()["param_groups"]
+    try:
+        optimizer.load_state_dict(checkpoint["optimizer"] | {"param_groups": groups})
+        check_state(optimizer)
+        scaler.load_state_dict(checkpoint["scaler"])
+        return [(torch.tensor(float(loss), device=device), int(n))
+                for loss, n in checkpoint["pending"]]
+    except Exception as error:  # a foreign file can fail in any way
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise ValueError(f"the run cannot go on: {reason}") from None
+
+
+def check_state(optimizer) -> None:
+    """Raises ValueError where a model file's optimizer holds what does not fit its weights."""
+    for group in optimizer.param_groups:
+        shape, whole = group["shape"], sum(p.numel() for p in group["params"])
+        for p in group["params"]:
+            shapes = dict(count=(), mean=p.shape, square=p.shape)
+            if group["kind"] == "muon":
+                shapes = dict(momentum=(whole // math.prod(shape), *shape))
+            state = optimizer.state.get(p, {})
+            found = {name: tuple(value.shape) for name, value in state.items()}
+            # (Stride 0: a single number that poses as a whole tensor, and cannot be updated.)
+            if state and (found != shapes or any(0 in v.stride() for v in state.values())):
+                raise ValueError("its optimizer is of another model")
+
+
+def check_tokenizer(path, tokenizer, special_tokens, vocab_size: int) -> None:
+    """Raises ValueError where the tokenizer at `path` is of another model: it lacks special tokens,
+    or has ids beyond the model's vocabulary."""
+    missing = [token for token in special_tokens if token not in tokenizer.special]
+    if missing:
+        raise ValueError(f"{path}: its tokenizer has no special token {missing[0]}")
+    if tokenizer.vocab_size > vocab_size:
+        raise ValueError(f"{path}: its tokenizer has {tokenizer.vocab_size:,} tokens, the model "
+                         f"{vocab_size:,}")
+
+
+def open_published(paradigm, name_or_folder):
+    """A published model by its name or of a folder: see `from_pretrained` in the model files."""
+    folder = pretrained_folder(name_or_folder)
+    found = read_config(folder)
+    names = {paradigm.published_name(name) for name in weight_names(folder)}
+    size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+    try:
+        config = build(paradigm.Config, vars(paradigm.from_published(found, names)))
+        with unfilled():
+            model = model_that_fits(paradigm.Model, config, size, len(names))
+    except (LookupError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
+        kind = str(found.get("model_type", "unknown"))[:40]
+        raise ValueError(f"{folder}: not a model that {paradigm.NAME}.py can be (its type is "
+                         f"{kind}): {str(error).partition(chr(10))[0]}") from None
+    targets = paradigm.published_weights(model)
+    load_weights(folder, targets, paradigm.published_name, paradigm.PASSED_OVER)
+    return model.eval()
+
+
+def save_published(folder, config: dict, weights: dict, labels=None) -> None:
+    """Write config.json and model.safetensors. labels: what a fine-tuned model tells apart."""
+    if labels:
+        config["id2label"] = dict(enumerate(labels))
+        config["label2id"] = {label: i for i, label in enumerate(labels)}
+    save_weights(folder, weights)
+    with replacing(Path(folder) / "config.json", "w") as file:
+        json.dump(config, file, indent=1)
+
+
+def open_model(paradigm, path):
+    """(checkpoint, model): of a checkpoint, of the run in a folder, or of a published model."""
+    runs = [Path(path) / name for name in ("best.pt", "ckpt.pt")]
+    file = next((run for run in runs if run.exists()), Path(path))
+    if file.is_file() or file.suffix == ".pt":
+        checkpoint, model = load_checkpoint(paradigm, file)
+        say(f"{file}: step {checkpoint['step']}")
+    else:
+        model = open_published(paradigm, path)
+        objective, run = paradigm.ObjectiveConfig(), paradigm.TrainConfig()
+        checkpoint = dict(
+            step=0, config=vars(model.config), objective=vars(objective), run=vars(run), task=None,
+            documents=1, model=model.state_dict(), tokenizer=Tokenizer.from_pretrained(path),
+        )
+    check_tokenizer(path, checkpoint["tokenizer"], paradigm.SPECIAL_TOKENS, model.config.vocab_size)
+    return checkpoint, model
+
+
+def load_model(paradigm, load):
+    """(model, checkpoint, device, dtype): the weights that --init_from or --out_dir name."""
+    paths = [Path(load.out_dir) / name for name in ("best.pt", "ckpt.pt")]
+    trained = next((path for path in paths if path.exists()), paths[-1])
+    checkpoint, model = open_model(paradigm, load.init_from or trained)
+    device = choose_device(load.device)
+    return model.to(device).eval(), checkpoint, device, choose_dtype(load.dtype, device)
+
+
+def eval_command(paradigm, settings: dict, given: dict) -> int:
+    """Print the validation loss and metrics of a model as a line of JSON."""
+    options = build(EvalConfig, settings)
+    model, checkpoint, device, dtype = load_model(paradigm, build(paradigm.RunConfig, settings))
+    learned, tokenizer = checkpoint["run"].get("data", ""), checkpoint["tokenizer"]
+    source, autocast = options.data or learned, autocast_to(dtype, device)
+    config, row = model.config, {"step": checkpoint["step"]}
+    if checkpoint["task"]:
+        task = build(paradigm.Task, checkpoint["task"])
+        parts = task_rows(task, source)
+        if Path(source).is_file() and source != learned:  # all of it is new
+            parts["validation"] += parts["train"]
+        examples = Examples(task, parts["validation"], tokenizer, config, parts["train"])
+        found, table = paradigm.evaluate_task(task, model, examples, autocast, options.batch_size)
+        say(*table.splitlines())
+        print(json.dumps(row | found))
+        return 0
+    objective = build(paradigm.ObjectiveConfig, checkpoint["objective"])
+    corpus = prepare(
+        source, config.vocab_size, paradigm.SPECIAL_TOKENS, paradigm.SEPARATOR, tokenizer)
+    batches = paradigm.eval_batches(corpus, config, objective, options.batch_size)
+    row |= paradigm.evaluate(model, batches, autocast)
+    print(json.dumps(row | {"perplexity": math.exp(min(row[paradigm.TOKEN_LOSS], 700))}))
+    return 0
+
+
+def generate_command(paradigm, settings: dict, given: dict) -> int:
+    """Let a model write."""
+    import torch
+
+    options = build(paradigm.GenerateConfig, settings)
+    model, checkpoint, _, dtype = load_model(paradigm, build(paradigm.RunConfig, settings))
+    torch.manual_seed(settings["seed"])
+    paradigm.write_samples(model.to(dtype), checkpoint, options)
+    return 0
+
+
+def prompts(given: str):
+    """Yield the prompt that was given; without one, each line that is typed, until Ctrl-D."""
+    if given:
+        yield given
+        return
+    if not sys.stdin.isatty():
+        raise ValueError("this model was fine-tuned to answer: say what, with --prompt")
+    say("Type something and press Enter; Ctrl-D ends.")
+    while True:
+        show("> ")
+        line = sys.stdin.readline()
+        if not line:
+            say("")
+            return
+        if line.strip():
+            yield line.strip()
+
+
+def export_command(paradigm, settings: dict, given: dict) -> int:
+    """Write a folder that transformers opens: settings, weights, tokenizer."""
+    to = build(ExportConfig, settings).to
+    if not to:
+        raise ValueError("say which folder to write, with --to")
+    model, checkpoint, _, _ = load_model(paradigm, build(paradigm.RunConfig, settings))
+    model.save_pretrained(to, labels=(checkpoint["task"] or {}).get("labels"))
+    save_tokenizer(checkpoint["tokenizer"], to, paradigm.ROLES, paradigm.TEMPLATE)
+    say(f"{to} holds config.json, model.safetensors and tokenizer.json")
+    return 0
+
+
+def bench_command(paradigm, settings: dict, given: dict) -> int:
+    """Measure training and generation with random weights and tokens; print a line of JSON."""
+    import torch
+
+    config, objective, run = (
+        build(cls, settings)
+        for cls in (paradigm.Config, paradigm.ObjectiveConfig, paradigm.TrainConfig))
+    device = choose_device(run.device)
+    dtype = choose_dtype(run.dtype, device)
+    if device.type == "cpu":
+        keep_freed_memory()
+    model = paradigm.Model(config).to(device)
+    optimizer, autocast = paradigm.Muon(model, run, dtype), autocast_to(dtype, device)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    compiled = torch.compile(model) if run.compile else model
+    corpus = random_corpus(config.vocab_size, paradigm.SPECIAL_TOKENS)
+    times = []
+    while len(times) < 5 or (sum(times) < 8 and len(times) < 100):
+        start = time.perf_counter()
+        batch = paradigm.train_batch(corpus, config, objective, run, run.max_steps + len(times))
+        paradigm.update(compiled, batch, optimizer, scaler, autocast, run).item()
+        times.append(time.perf_counter() - start)
+    seconds = statistics.median(times[2:])  # the first ones warm up
+    gflops = paradigm.count_flops(model, batch) / seconds / 1e9
+    peak = matmul_gflops(device, dtype, 1024 if device.type == "cpu" else 8192, seconds=0.5)
+    row = dict(
+        ms_per_step=seconds * 1e3, tokens_per_second=paradigm.count_tokens(batch) / seconds,
+        gflops=gflops, matmul_gflops=peak, share=gflops / peak,
+        peak_memory_mb=peak_memory_mb(device),
+    )
+    if hasattr(model, "generate"):
+        row |= generation_speeds(paradigm, model.eval().to(dtype))
+    print(json.dumps(row))
+    return 0
+
+
+def generation_speeds(paradigm, model) -> dict[str, float]:
+    """Tokens per second of one sequence, and of 32 together, each 120 tokens long."""
+    speeds = {}
+    for key, rows in ("generate_tokens_per_second", 1), ("generate_batch_tokens_per_second", 32):
+        times = []
+        for _ in range(4):
+            start = time.perf_counter()
+            paradigm.write_random(model, rows, 120).sum().item()  # (waits for the device)
+            times.append(time.perf_counter() - start)
+        speeds[key] = rows * 120 / statistics.median(times[1:])
+    return speeds

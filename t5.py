@@ -47,7 +47,6 @@ import itertools
 import json
 import math
 import re
-import statistics
 import sys
 import time
 from collections import Counter
@@ -993,21 +992,12 @@ def demonstrate(model: T5, corpus, length: int) -> str:
     return text.decode("utf-8", "replace")
 
 
-def generate_speeds(model: T5) -> dict[str, float]:
-    """Tokens per second: one sequence, and 32 together; 120 tokens for sources of 116."""
-    speeds = {}
-    model.config.eos_id = -1  # none ends before the 120th
-    for key, rows in ("generate_tokens_per_second", 1), ("generate_batch_tokens_per_second", 32):
-        src = torch.randint(
-            model.config.vocab_size, (rows, 116), device=next(model.parameters()).device
-        )
-        times = []
-        for _ in range(4):
-            start = time.perf_counter()
-            model.generate(src, 120).sum().item()  # (waits for the device)
-            times.append(time.perf_counter() - start)
-        speeds[key] = rows * 120 / statistics.median(times[1:])
-    return speeds
+def write_random(model: T5, rows: int, length: int):
+    """What `bench` times: targets of `length` tokens for `rows` sources of 116 random ones."""
+    device = next(model.parameters()).device
+    model.config.eos_id = -1  # none ends before
+    return model.generate(
+        torch.randint(model.config.vocab_size, (rows, 116), device=device), length)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1403,21 +1393,6 @@ class Muon(torch.optim.Optimizer):
             ))
         super().__init__(groups, {})
 
-    def load_state_dict(self, state_dict):
-        """Raises ValueError (or PyTorch another error) where the state is of other weights."""
-        super().load_state_dict(state_dict)
-        for group in self.param_groups:
-            shape, whole = group["shape"], sum(p.numel() for p in group["params"])
-            for p in group["params"]:
-                shapes = dict(count=(), mean=p.shape, square=p.shape)
-                if group["kind"] == "muon":
-                    shapes = dict(momentum=(whole // math.prod(shape), *shape))
-                state = self.state.get(p, {})
-                found = {name: tuple(value.shape) for name, value in state.items()}
-                # (Stride 0: a single number that poses as a whole tensor, and cannot be updated.)
-                if state and (found != shapes or any(0 in v.stride() for v in state.values())):
-                    raise ValueError("its optimizer is of another model")
-
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
@@ -1522,6 +1497,17 @@ def evaluate(model, batches, autocast) -> dict[str, float]:
     return {name: over / under for name, (over, under) in totals.items()}
 
 
+def evaluate_task(task: Task, model, examples, autocast, size: int) -> tuple[dict, str]:
+    """(val_loss and the task's own measures over all examples, `size` at once; a table of them)."""
+    from data import in_order_of_length
+
+    groups = in_order_of_length(examples.lengths, size)
+    found = evaluate(model, map(examples.batch, groups), autocast)
+    with autocast:
+        measures, table = task.score(model, examples, groups)
+    return found | measures, table
+
+
 class Trainer:
     """A run: its corpus, model and optimizer, and how far it is.
 
@@ -1567,15 +1553,7 @@ class Trainer:
         self.pending = []  # loss and number of tokens of the steps since the last report
         if run.init_from == "resume":
             self.step, self.best = checkpoint["step"], checkpoint["best_loss"]
-            groups = self.optimizer.state_dict()["param_groups"]  # as the flags say now
-            try:
-                self.pending = [(torch.tensor(float(loss), device=self.device), int(n))
-                                for loss, n in checkpoint["pending"]]
-                self.optimizer.load_state_dict(checkpoint["optimizer"] | {"param_groups": groups})
-                self.scaler.load_state_dict(checkpoint["scaler"])
-            except Exception as error:  # a foreign file can fail in any way
-                reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-                raise ValueError(f"the run in {run.out_dir} cannot go on: {reason}") from None
+            self.pending = data.resume(checkpoint, self.optimizer, self.scaler, self.device)
         self.compiled = torch.compile(self.model) if run.compile else self.model
 
     def open_data(self, run: TrainConfig, checkpoint: dict | None) -> int:
@@ -1774,49 +1752,6 @@ class Trainer:
             torch.save(state, file)
 
 
-class Examples:
-    """Rows of a task's data, encoded; those that the task leaves out are left out."""
-
-    def __init__(
-        self, task: Task, rows: list[dict], tokenizer, config: Config, learned: list[dict]
-    ):
-        """learned: the rows that were learned from, to compare with."""
-        self.task, self.tokenizer, self.learned = task, tokenizer, learned
-        found = [(row, task.encode(row, tokenizer, config)) for row in rows]
-        self.rows = [row for row, example in found if example]
-        self.encoded = [example for _, example in found if example]
-        self.cropped = sum(example["cropped"] for example in self.encoded)
-        self.left_out = len(rows) - len(self.rows)
-        self.lengths = [example["length"] for example in self.encoded]
-
-    def batch(self, numbers, generator=None) -> dict:
-        """The examples of these numbers as tensors, padded to the longest of them. With a generator
-        as they are to be trained on."""
-        return self.task.collate([self.encoded[i] for i in numbers], self.tokenizer, generator)
-
-    def evaluate(self, model, autocast, size: int) -> tuple[dict[str, float], str]:
-        """val_loss and the task's own measures over all examples, `size` at once; a table."""
-        from data import in_order_of_length
-
-        groups = in_order_of_length(self.lengths, size)
-        found = evaluate(model, map(self.batch, groups), autocast)
-        with autocast:
-            measures, table = self.task.score(model, self, groups)
-        return found | measures, table
-
-
-def task_rows(source: str) -> dict[str, list[dict]]:
-    """{"train": rows, "validation": rows} of a source; of "", the demonstration."""
-    import data
-
-    if source:
-        return data.read_examples(source, Task.columns, Task.optional)
-    return {
-        part: [Task.demonstration(story) | {"place": story["title"]} for story in found]
-        for part, found in data.stories().items()
-    }
-
-
 class FineTuner(Trainer):
     """A run that learns a task from examples, and stops when it only learns them by heart."""
 
@@ -1827,9 +1762,9 @@ class FineTuner(Trainer):
         super().__init__(run, config, objective, checkpoint)
 
     def open_data(self, run: FinetuneConfig, checkpoint: dict) -> int:
-        from data import Batches
+        from data import Batches, Examples, task_rows
 
-        self.tokenizer, parts = checkpoint["tokenizer"], task_rows(run.data)
+        self.tokenizer, parts = checkpoint["tokenizer"], task_rows(self.task, run.data)
         self.config = self.task.fit(self.config, parts)
         if run.dropout is not None:
             self.config = replace(self.config, dropout=run.dropout)
@@ -1860,7 +1795,8 @@ class FineTuner(Trainer):
         return self.examples.batch(self.batches[self.step], generator)
 
     def evaluate(self) -> dict[str, float]:
-        found, self.table = self.held_out.evaluate(self.model, self.autocast, self.run.batch_size)
+        found, self.table = evaluate_task(
+            self.task, self.model, self.held_out, self.autocast, self.run.batch_size)
         return found
 
     @property
@@ -1889,135 +1825,14 @@ class FineTuner(Trainer):
 # --------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class EvalConfig(RunConfig):
-    """What to evaluate on."""
-
-    data: str = ""  # as in training; without it, what the model was trained on
-    batch_size: int = 32  # sequences that are computed at once
-
-
-@dataclass
-class ExportConfig(RunConfig):
-    """Where to."""
-
-    to: str = ""  # the folder to write
-
-
-def last_checkpoint(folder: str) -> Path:
-    """Where a run that is to go on has its state. Raises ValueError where there is none."""
-    path = Path(folder) / "ckpt.pt"
-    if not path.exists():
-        raise ValueError(
-            f"nothing to resume in {folder}: no ckpt.pt; leave --init_from out, or set --out_dir"
-        )
-    return path
-
-
-def train_command(settings: dict, given: dict) -> int:
-    """Train, from scratch, from a checkpoint's weights, or where a run was stopped."""
-    import data
-
-    init_from, checkpoint, folder = settings["init_from"], None, settings["out_dir"]
-    if init_from != "scratch":
-        checkpoint, _ = open_model(last_checkpoint(folder) if init_from == "resume" else init_from)
-        if init_from == "resume" and checkpoint["task"]:
-            raise ValueError(f"{folder} holds a fine-tuning: go on with `finetune`")
-        for name, value in checkpoint["config"].items():
-            if name in given and given[name] != value and name != "dropout":
-                raise ValueError(
-                    f"--{name} {given[name]} does not fit the checkpoint, "
-                    f"which has {value}: leave it out"
-                )
-        settings |= checkpoint["config"] | {k: v for k, v in given.items() if k == "dropout"}
-        if init_from == "resume":
-            settings |= checkpoint["objective"] | checkpoint["run"] | given
-            settings["out_dir"] = folder  # also when it has been moved since
-    config, objective, run = (
-        data.build(cls, settings) for cls in (Config, ObjectiveConfig, TrainConfig)
-    )
-    return finish(Trainer(run, config, objective, checkpoint), "")
-
-
-def finetune_command(settings: dict, given: dict) -> int:
-    """Teach a trained or a published model a task, by examples. (The defaults are for small models;
-    those 512 wide and more get AdamW's usual ones, FINETUNING["published"] in the source.)"""
-    import data
-
-    init_from, folder = settings["init_from"], settings["out_dir"]
-    resuming = init_from == "resume"
-    if init_from == "scratch":
-        raise ValueError(
-            "--scratch true forgets the weights; --init_from names the model whose sizes and "
-            "tokenizer are kept"
-        )
-    if "init_from" not in given and not Path(init_from).exists():
-        raise ValueError(
-            f"nothing to start from: there is no {init_from} yet. First `python {NAME}.py`, or "
-            "name a run, a checkpoint or a published model with --init_from"
-        )
-    if not resuming and Path(folder).resolve() in (Path(init_from).resolve(),
-                                                   Path(init_from).resolve().parent):
-        raise ValueError(f"{folder} holds the model to start from: set another --out_dir")
-    checkpoint, model = open_model(last_checkpoint(folder) if resuming else init_from)
-    if resuming and not checkpoint["task"]:
-        raise ValueError(f"{folder} holds a pretraining: go on with `train`")
-    if checkpoint["config"]["n_embd"] >= 512:
-        settings |= FINETUNING["published"]
-    if resuming:
-        settings |= checkpoint["task"] | checkpoint["run"] | {"out_dir": folder}
-    settings |= given | {"init_from": init_from}
-    if "max_steps" in given and "epochs" not in given:
-        settings["epochs"] = 0.0
-    run, task = (data.build(cls, settings) for cls in (FinetuneConfig, Task))
-    objective = data.build(ObjectiveConfig, checkpoint["objective"])
-    return finish(FineTuner(run, model.config, objective, checkpoint, task), "finetune ")
-
-
-def finish(trainer: Trainer, command: str) -> int:
-    """Train to the end, or to Ctrl-C, and say what can be done next."""
-    run = trainer.run
-    again = "" if run.out_dir == f"out/{NAME}" else f" --out_dir {run.out_dir}"
-    if not trainer.train():
-        trainer.log.say(
-            f"stopped at step {trainer.step}. "
-            f"To go on: python {NAME}.py {command}--init_from resume{again}"
-        )
-        return 130
-    if trainer.worn_out:
-        trainer.log.say(
-            "the held-out loss no longer falls: stopped; best.pt has the best of it")
-    trainer.log.say(
-        *("", trainer.show(400).strip(), "", *trainer.table.splitlines()),
-        f"Done: {run.out_dir} holds the checkpoints, log.jsonl and loss.svg. Try next:",
-        f"  python {NAME}.py generate{again}",
-        f"  python {NAME}.py eval{again}",
-        f"  python {NAME}.py {command}--init_from resume --max_steps {2 * run.max_steps}{again}",
-    )
-    return 0
-
-
 def from_pretrained(name_or_folder) -> Model:
     """A published model: by its name on the Hugging Face hub, or of a folder that holds it.
 
     Raises ValueError or OSError where it is none, or not of this file's architecture.
     """
-    import data
+    from data import open_published
 
-    folder = data.pretrained_folder(name_or_folder)
-    found = data.read_config(folder)
-    names = {published_name(name) for name in data.weight_names(folder)}
-    size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
-    try:
-        config = data.build(Config, vars(from_published(found, names)))
-        with data.unfilled():
-            model = data.model_that_fits(Model, config, size, len(names))
-    except (LookupError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
-        kind = str(found.get("model_type", "unknown"))[:40]
-        raise ValueError(f"{folder}: not a model that {NAME}.py can be (its type is {kind}): "
-                         f"{str(error).partition(chr(10))[0]}") from None
-    data.load_weights(folder, published_weights(model), published_name, PASSED_OVER)
-    return model.eval()
+    return open_published(sys.modules[__name__], name_or_folder)
 
 
 def save_pretrained(model, folder, labels=None) -> None:
@@ -2026,153 +1841,19 @@ def save_pretrained(model, folder, labels=None) -> None:
     labels: names of what a fine-tuned model tells apart. Raises ValueError for a variant that it
     has no class for, OSError where nothing can be written.
     """
-    import data
+    from data import save_published
 
-    config = to_published(model.config)
-    if labels:
-        config["id2label"] = dict(enumerate(labels))
-        config["label2id"] = {label: i for i, label in enumerate(labels)}
-    data.save_weights(folder, published_weights(model))
-    with data.replacing(Path(folder) / "config.json", "w") as file:
-        json.dump(config, file, indent=1)
+    save_published(folder, to_published(model.config), published_weights(model), labels)
 
 
 Model.from_pretrained, Model.save_pretrained = staticmethod(from_pretrained), save_pretrained
 
 
-def open_model(path):
-    """(checkpoint, model): of a checkpoint, of the run in a folder, or of a published model."""
-    import data
-    from bpe import Tokenizer
-
-    runs = [Path(path) / name for name in ("best.pt", "ckpt.pt")]
-    file = next((run for run in runs if run.exists()), Path(path))
-    if file.is_file() or file.suffix == ".pt":
-        checkpoint, model = data.load_checkpoint(file, NAME, Model, dict(
-            config=Config, objective=ObjectiveConfig, run=FinetuneConfig, task=Task))
-        data.say(f"{file}: step {checkpoint['step']}")
-    else:
-        model = from_pretrained(path)
-        checkpoint = dict(
-            step=0, config=asdict(model.config), objective=asdict(ObjectiveConfig()),
-            run=asdict(TrainConfig()), task=None, documents=1, model=model.state_dict(),
-            tokenizer=Tokenizer.from_pretrained(path),
-        )
-    data.check_tokenizer(path, checkpoint["tokenizer"], SPECIAL_TOKENS, model.config.vocab_size)
-    return checkpoint, model
-
-
-def load_model(load: RunConfig):
-    """(model, checkpoint, device, dtype): the weights that --init_from or --out_dir name."""
-    import data
-
-    paths = [Path(load.out_dir) / name for name in ("best.pt", "ckpt.pt")]
-    trained = next((path for path in paths if path.exists()), paths[-1])
-    checkpoint, model = open_model(load.init_from or trained)
-    device = data.choose_device(load.device)
-    return model.to(device).eval(), checkpoint, device, data.choose_dtype(load.dtype, device)
-
-
-def eval_command(settings: dict, given: dict) -> int:
-    """Print the validation loss and metrics of a model as a line of JSON."""
-    import data
-
-    options = data.build(EvalConfig, settings)
-    model, checkpoint, device, dtype = load_model(options)
-    learned = checkpoint["run"].get("data", "")
-    source, autocast = options.data or learned, data.autocast_to(dtype, device)
-    config = model.config
-    if checkpoint["task"]:
-        task, parts = data.build(Task, checkpoint["task"]), task_rows(source)
-        if Path(source).is_file() and source != learned:  # all of it is new
-            parts["validation"] += parts["train"]
-        examples = Examples(
-            task, parts["validation"], checkpoint["tokenizer"], config, parts["train"])
-        row, table = examples.evaluate(model, autocast, options.batch_size)
-        data.say(*table.splitlines())
-        print(json.dumps({"step": checkpoint["step"], **row}))
-        return 0
-    objective = data.build(ObjectiveConfig, checkpoint["objective"])
-    corpus = data.prepare(
-        source, config.vocab_size, SPECIAL_TOKENS, SEPARATOR, checkpoint["tokenizer"]
-    )
-    batches = eval_batches(corpus, config, objective, options.batch_size)
-    row = {"step": checkpoint["step"], **evaluate(model, batches, autocast)}
-    print(json.dumps(row | {"perplexity": math.exp(min(row[TOKEN_LOSS], 700))}))
-    return 0
-
-
-def generate_command(settings: dict, given: dict) -> int:
-    """Let a model write."""
-    from data import build
-
-    options = build(GenerateConfig, settings)
-    model, checkpoint, _, dtype = load_model(build(RunConfig, settings))
-    torch.manual_seed(settings["seed"])
-    write_samples(model.to(dtype), checkpoint, options)
-    return 0
-
-
-def export_command(settings: dict, given: dict) -> int:
-    """Write a folder that transformers opens: settings, weights, tokenizer."""
-    import data
-
-    options = data.build(ExportConfig, settings)
-    if not options.to:
-        raise ValueError("say which folder to write, with --to")
-    model, checkpoint, _, _ = load_model(options)
-    model.save_pretrained(options.to, labels=(checkpoint["task"] or {}).get("labels"))
-    data.save_tokenizer(checkpoint["tokenizer"], options.to, ROLES, TEMPLATE)
-    data.say(f"{options.to} holds config.json, model.safetensors and tokenizer.json")
-    return 0
-
-
-def bench_command(settings: dict, given: dict) -> int:
-    """Measure training and generation with random weights and tokens; print a line of JSON."""
-    import data
-
-    config, objective, run = (
-        data.build(cls, settings) for cls in (Config, ObjectiveConfig, TrainConfig)
-    )
-    device = data.choose_device(run.device)
-    dtype = data.choose_dtype(run.dtype, device)
-    if device.type == "cpu":
-        data.keep_freed_memory()
-    model = Model(config).to(device)
-    optimizer, autocast = Muon(model, run, dtype), data.autocast_to(dtype, device)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    compiled = torch.compile(model) if run.compile else model
-    corpus = data.random_corpus(config.vocab_size, SPECIAL_TOKENS)
-    times = []
-    while len(times) < 5 or (sum(times) < 8 and len(times) < 100):
-        start = time.perf_counter()
-        batch = train_batch(corpus, config, objective, run, run.max_steps + len(times))
-        update(compiled, batch, optimizer, scaler, autocast, run).item()
-        times.append(time.perf_counter() - start)
-    seconds = statistics.median(times[2:])  # the first ones warm up
-    tokens, gflops = count_tokens(batch), count_flops(model, batch) / seconds / 1e9
-    peak = data.matmul_gflops(device, dtype, 1024 if device.type == "cpu" else 8192, seconds=0.5)
-    row = dict(
-        ms_per_step=seconds * 1e3, tokens_per_second=tokens / seconds,
-        gflops=gflops, matmul_gflops=peak,
-    )
-    row |= dict(share=gflops / peak, peak_memory_mb=data.peak_memory_mb(device))
-    print(json.dumps(row | generate_speeds(model.eval().to(dtype))))
-    return 0
-
-
-COMMANDS = {
-    "train": (train_command, (Config, ObjectiveConfig, TrainConfig)),
-    "finetune": (finetune_command, (FinetuneConfig, Task)),
-    "generate": (generate_command, (GenerateConfig, RunConfig)),
-    "eval": (eval_command, (EvalConfig,)),
-    "export": (export_command, (ExportConfig,)),
-    "bench": (bench_command, (Config, ObjectiveConfig, TrainConfig)),
-} | OWN_COMMANDS
-
-
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; exit status: 0 done, 2 the user's mistake (a line says which), 130 Ctrl-C."""
+    """Run a command; exit status: 0 done, 2 the user's mistake (a line says which), 130 Ctrl-C.
+
+    The commands are in data.py: they read flags and files, and call what stands above.
+    """
     try:
         from data import run_command
     except ModuleNotFoundError as error:
@@ -2183,8 +1864,7 @@ def main(arguments: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    presets = {name: PRESETS[name] | RECIPES.get(name, {}) for name in PRESETS}
-    return run_command(NAME, COMMANDS, presets, sys.argv[1:] if arguments is None else arguments)
+    return run_command(sys.modules[__name__], sys.argv[1:] if arguments is None else arguments)
 
 
 if __name__ == "__main__":

@@ -3447,7 +3447,7 @@ def test_an_exported_classifier_is_opened_by_transformers_and_by_us(stories, cap
     idx = torch.randint(4, 400, (3, 20))
     mask = torch.arange(20) < torch.tensor([[20], [7], [12]])
     expected = theirs(idx, attention_mask=mask.long()).logits
-    _, trained = bert.open_model("a")
+    _, trained = data.open_model(bert, "a")
     for ours in trained, bert.BERT.from_pretrained("folder"):
         assert (ours.eval().classify(idx, mask=mask) - expected).abs().max() < 1e-5
     # Pretraining can go on from there: the head that nothing asks stays as it is.
@@ -3569,10 +3569,8 @@ def test_mistakes_get_one_line(stories, capsys, own_cache, script=gpt):
 
 def test_a_preset_s_decoder_is_as_deep_as_published():
     """The default preset has a deeper decoder; that goes with its own n_layer, and no other."""
-    presets = {name: t5.PRESETS[name] | t5.RECIPES.get(name, {}) for name in t5.PRESETS}
-
     def model(*arguments):
-        _, settings, _ = data.parse_command("t5", t5.COMMANDS, presets, list(arguments))
+        _, settings, _ = data.parse_command(t5, list(arguments))
         with torch.device("meta"):
             return t5.T5(data.build(t5.T5Config, settings))
 
@@ -3695,18 +3693,18 @@ def test_checkpoints_with_absurd_values(script):
             (["task"], dict(target_length=1 << 40), "source_length and target_length have to be")],
     )[script.NAME]
     torch.save(good, "a.pt")
-    script.open_model("a.pt")
+    data.open_model(script, "a.pt")
     for (*path, last), value, problem in breakages:
         broken = {name: dict(part) if isinstance(part, dict) else part
                   for name, part in good.items()}
         functools.reduce(dict.get, path, broken)[last] = value
         torch.save(broken, "a.pt")
         with pytest.raises(ValueError, match="a.pt is no whole checkpoint of ") as caught:
-            script.open_model("a.pt")
+            data.open_model(script, "a.pt")
         assert problem in str(caught.value) and len(str(caught.value).splitlines()) == 1
     Path("a.pt").write_bytes(compressed(saved(good)))
     with pytest.raises(ValueError, match="it is compressed"):
-        script.open_model("a.pt")
+        data.open_model(script, "a.pt")
     torch.save(good, "a.pt")
     for special, vocab_size, problem in (
         (["<nothing>"], 300, "its tokenizer has no special token"),
@@ -3715,7 +3713,7 @@ def test_checkpoints_with_absurd_values(script):
         bpe.Tokenizer.train("abcdefgh" * 9 + "badcfehg" * 9, vocab_size, special).save(
             "tokenizer.json")
         with pytest.raises(ValueError, match=problem):
-            script.open_model("a.pt")
+            data.open_model(script, "a.pt")
 
 
 def test_the_state_of_another_run_s_optimizer(script=gpt):
@@ -3724,13 +3722,18 @@ def test_the_state_of_another_run_s_optimizer(script=gpt):
     model(torch.zeros(1, 8).long(), torch.zeros(1, 8).long())[1].backward()
     optimizer.step()
     good = optimizer.state_dict()
-    optimizer.load_state_dict(good)
-    optimizer.load_state_dict(good | {"state": {}})  # as before the first step
+
+    def load(state):
+        optimizer.load_state_dict(state)
+        data.check_state(optimizer)
+
+    load(good)
+    load(good | {"state": {}})  # as before the first step
     for i, state in good["state"].items():
         for name, value in state.items():
             for wrong in (torch.ones(7), torch.ones(1).expand(2, 3), value[..., None], None):
                 with pytest.raises((ValueError, AttributeError, TypeError)):
-                    optimizer.load_state_dict(good | {"state": {i: state | {name: wrong}}})
+                    load(good | {"state": {i: state | {name: wrong}}})
 
 
 def test_published_settings_that_the_weights_do_not_bear_out(script):
@@ -3896,7 +3899,9 @@ def test_closed_and_full_streams(own_cache):
     has left; whatever happens, there is no traceback."""
     code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import data;"
             "show = lambda *_: data.say('said') or print('a \\ufffd') or 0;"
-            "sys.exit(data.run_command('x', {'show': (show, ())}, {'p': {'q': 1}}, []))")
+            "data.commands_of = lambda it: {'show': (show, ())};"
+            "data.presets_of = lambda it: {'p': {'q': 1}};"
+            "sys.exit(data.run_command(type('X', (), {'NAME': 'x'}), []))")
     environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
     environment.pop("PYTHONUNBUFFERED", None)
     for redirection, status, out, err in (
@@ -4018,6 +4023,6 @@ def test_the_readme_s_commands_are_there():
         _, file, name, *_ = [*line.partition("#")[0].split(), "train"]
         name = name if not name.startswith("-") else "train"
         script = {"gpt.py": gpt, "bert.py": bert, "t5.py": t5}[file]
-        known = {field for cls in script.COMMANDS[name][1] for field in cls.__dataclass_fields__}
+        known = {field for cls in data.commands_of(script)[name][1] for field in cls.__dataclass_fields__}
         known |= {"preset", "config", "help"}
         assert set(re.findall(r"--(\w+)", line)) <= known, line
