@@ -10,10 +10,11 @@ segment B continue segment A, or does it come from another document (next-senten
     target                   man                                    the
     answer    the second segment continues the first
 
-The architecture is that of the Transformer's encoder: token, position and segment embeddings, then
-blocks in which every position attends to every other, each sublayer followed by a LayerNorm. On top
-stand three small heads: one for hidden tokens, one for the pair, and after fine-tuning one for
-labels. No text is generated; BERT is for understanding it.
+The architecture is that of the Transformer's encoder. Each position holds a vector, the residual
+stream: the sum of a token's, a position's and a segment's embedding. Blocks add to it what
+attention brings (every position looks at every other) and what a feed-forward makes of it (each
+thinks alone), and normalize after each. On top stand three small heads: for hidden tokens, for the
+pair, and after fine-tuning for labels. No text is generated; BERT is for understanding it.
 
     python bert.py                                  train on input.txt: 3 to 4 minutes on a laptop
     python bert.py generate --prompt "The cat sat on the [MASK]."     fill what is hidden
@@ -26,12 +27,13 @@ labels. No text is generated; BERT is for understanding it.
     python bert.py --help                           every flag
 
 The lesson of this file is how to leave the plateau, on which the loss of a BERT that is trained
-from scratch may stay for hours: see `BERT.init_attention`. It reads from top to bottom:
-2 the configuration, 3 layers, 4 the model, 5 the objective, 6 generation, 7 published weights,
-8 fine-tuning, 9 training, 10 the command line. Copied alone into a project, this file still gives
-`from bert import BERT, BERTConfig`; to train, it needs bpe.py (the tokenizer) and data.py (files,
-downloads, the log) beside it. To learn, change things: `--pos rotary` (which loss falls faster?),
-`--nsp false`, `--mask_prob 0.5`.
+from scratch may stay for hours: see `BERT.init_attention`. It reads from top to bottom: 1 this
+page, 2 the configuration, 3 layers, 4 the model, 5 the objective, 6 generation, 7 published
+weights, 8 fine-tuning, 9 training, 10 the command line. Copied alone into a project, this file
+still gives `from bert import BERT, BERTConfig`; its commands need bpe.py (the tokenizer) and
+data.py (files, downloads, the log) beside it. To learn, change things: `--pos rotary` (which loss
+falls faster?), `--nsp false`, `--mask_prob 0.5`; leave `init_attention` out (when does mlm_loss
+leave 5.4?); `causal=True` in Attention (why are half of the pairs wrong then?).
 
 Papers: Devlin et al. 2019, https://arxiv.org/abs/1810.04805 (BERT); Vaswani et al. 2017,
 https://arxiv.org/abs/1706.03762 (attention).
@@ -49,9 +51,9 @@ import json
 import math
 import sys
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args, get_origin
 
 import numpy as np
 import torch
@@ -64,9 +66,17 @@ from torch.optim.adamw import adamw
 # --------------------------------------------------------------------------------------------------
 
 
+def check_choices(config) -> None:
+    """Raises ValueError where a field that has a list of values, a Literal, has none of these."""
+    for option in fields(config):
+        value, values = getattr(config, option.name), get_args(option.type)
+        if get_origin(option.type) is Literal and value not in values:
+            raise ValueError(f"{option.name} {value!r} is none of {', '.join(values)}")
+
+
 @dataclass
 class BERTConfig:
-    """The architecture. Defaults are BERT's; every other value is a variant people have tried.
+    """The architecture. Defaults are BERT's, but for dropout (there 0.1); the rest is variants.
 
     Raises ValueError for sizes that do not fit together.
     """
@@ -85,6 +95,7 @@ class BERTConfig:
     n_labels: int = 0  # classes that `classify` tells apart (0: it has no such head)
 
     def __post_init__(self):
+        check_choices(self)
         if min(
             self.vocab_size, self.n_layer, self.n_head, self.n_embd, self.n_segments, self.ff_width
         ) < 1:
@@ -108,26 +119,30 @@ class BERTConfig:
         if self.n_labels < 0:
             raise ValueError("n_labels cannot be negative")
         if self.block_size * max(self.n_embd, self.n_head * self.key_width) > 1 << 28:
-            raise ValueError(f"block_size {self.block_size} is too large for any memory")
+            raise ValueError(f"block_size {self.block_size} takes a table of over 1 GiB")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout {self.dropout} is not between 0 and 1")
 
     @property
     def key_width(self) -> int:
+        """Width of a head's queries and keys."""
         return self.n_embd // self.n_head
 
     @property
     def ff_width(self) -> int:
+        """Width inside a feed-forward."""
         return 4 * self.n_embd if self.n_ff is None else self.n_ff
 
 
+Config, NAME = BERTConfig, "bert"  # so named, what the files have in common is the same text
+
 PRESETS = {  # BERT's two sizes have 110 M and 340 M parameters
     "laptop": dict(vocab_size=1024, block_size=128, n_layer=3, n_head=4, n_embd=128),
-    "t4": dict(vocab_size=8192, block_size=256, n_layer=8, n_head=8, n_embd=512),
+    "t4": dict(vocab_size=8192, block_size=256, n_layer=8, n_head=8, n_embd=512),  # for that GPU
     "bert-base": dict(vocab_size=30522, block_size=512, n_layer=12, n_head=12, n_embd=768),
     "bert-large": dict(vocab_size=30522, block_size=512, n_layer=24, n_head=16, n_embd=1024),
 }
-RECIPES = {  # training settings that go with a preset; the others start from laptop's
+RECIPES = {  # training settings that go with a preset (matrix_lr: Muon's, see 9); else laptop's
     "laptop": dict(
         max_steps=2200, batch_size=32, lr=0.003, matrix_lr=0.015, log_interval=50, eval_interval=550
     ),
@@ -137,6 +152,8 @@ RECIPES = {  # training settings that go with a preset; the others start from la
 # --------------------------------------------------------------------------------------------------
 # 3. Layers, from the bottom up
 # --------------------------------------------------------------------------------------------------
+# Shapes: B texts of T tokens, S tokens that they look at; C = n_embd numbers for each token; nh
+# heads, each with hd numbers for a query or a key, and vd for a value; V = vocab_size.
 
 LONG = 1024  # number of keys from which the fused attention is faster on a CPU, too
 
@@ -144,26 +161,26 @@ LONG = 1024  # number of keys from which the fused attention is faster on a CPU,
 def attention(query, key, value, bias=None, causal=False, scale=None, dropout=0.0):
     """softmax(Q K^T * scale + bias) V: per query a weighted mean of the values (Vaswani, 3.2.1).
 
+    A query says what a position looks for, a key what one offers, a value what it passes on.
     query (B, nh, T, hd), key (B, nh, S, hd), value (B, nh, S, vd) -> (B, nh, T, vd). bias is added
     to the scores and broadcasts to (B, nh, T, S). causal: the last query sees all S keys, the one
-    before it S - 1, and so on. scale: 1 / sqrt(hd) unless given.
+    before it S - 1, and so on. scale: 1 / sqrt(hd) unless given, so that the scores of a wider head
+    are no larger.
 
-    The formula is the last three lines. For short sequences on a CPU it is two to three times as
-    fast as PyTorch's fused kernel; elsewhere (also for a single query) the fused one is faster.
+    The formula is the last three lines. For short sequences on a CPU, in bfloat16, it is two to
+    three times as fast as PyTorch's fused kernel; elsewhere (also for one query) that is faster.
     """
     T, S = query.size(-2), key.size(-2)
     scale = query.size(-1) ** -0.5 if scale is None else scale
     fused = query.device.type != "cpu" or S >= LONG or T == 1
-    if causal and (T != S or bias is not None or not fused):
-        future = torch.full(
-            (T, S), float("-inf"), dtype=query.dtype, device=query.device
-        ).triu(1 + S - T)
+    if causal and (T != S or bias is not None or not fused):  # the kernel's own is for T = S alone
+        future = query.new_full((T, S), -math.inf).triu(1 + S - T)  # a weight of 0
         bias, causal = future if bias is None else bias + future, False
     if fused:
         return F.scaled_dot_product_attention(query, key, value, bias, dropout, causal, scale=scale)
     scores = (query * scale) @ key.transpose(-2, -1)  # (B, nh, T, S)
     weights = F.softmax(scores if bias is None else scores + bias, dim=-1)
-    return F.dropout(weights, dropout) @ value  # (B, nh, T, vd)
+    return F.dropout(weights, dropout) @ value  # (B, nh, T, vd); (dropout is 0 outside training)
 
 
 def sinusoids(length: int, width: int, base: float = 10000) -> torch.Tensor:
@@ -185,17 +202,26 @@ def rotate(x, turn):
     return torch.cat((left * cos - right * sin, left * sin + right * cos), dim=-1)
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention: each head compares in its own way (Vaswani, 3.2.2)."""
+def padding_bias(mask):
+    """mask (B, S) bool, True for a real token -> (B, 1, 1, S), to be added to scores: 0 or -inf."""
+    bias = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask.bool(), -math.inf)
+    return bias[:, None, None, :]
 
-    def __init__(self, config: BERTConfig):
+
+class Attention(nn.Module):
+    """Self-attention: nh attentions side by side, each with queries, keys and values of its own
+    (Vaswani, 3.2.2)."""
+
+    def __init__(self, config: Config):
         super().__init__()
         self.n_head, self.dropout = config.n_head, config.dropout
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd)  # three maps in one
-        self.qkv.weight.maps = 3  # for Muon, below
+        # For Muon (9) they are three matrices.
+        self.qkv.weight.maps = 3
         self.proj = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(self, x, bias=None, turn=None):
+        """x (B, T, C), bias (B, 1, 1, T), turn (2, T, hd / 2), see `rotate` -> (B, T, C)."""
         B, T, C = x.shape
         query, key, value = (
             part.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, nh, T, hd)
@@ -205,28 +231,34 @@ class Attention(nn.Module):
             query, key = rotate(query, turn), rotate(key, turn)
         bias = None if bias is None else bias.to(query.dtype)
         mixed = attention(query, key, value, bias, dropout=self.dropout * self.training)
-        mixed = self.proj(mixed.transpose(1, 2).reshape(B, T, C))
+        mixed = self.proj(mixed.transpose(1, 2).flatten(2))  # (B, T, C)
         return F.dropout(mixed, self.dropout, self.training)
 
 
 class FeedForward(nn.Module):
     """Two linear layers and a non-linearity, the same everywhere: C -> n_ff -> C (Vaswani, 3.3)."""
 
-    def __init__(self, config: BERTConfig):
+    def __init__(self, config: Config):
         super().__init__()
         self.dropout = config.dropout
         self.up = nn.Linear(config.n_embd, config.ff_width)
         self.down = nn.Linear(config.ff_width, config.n_embd)
 
     def forward(self, x):
+        """x (B, T, C) -> (B, T, C)."""
         inner = F.gelu(self.up(x))  # (B, T, n_ff)
         return F.dropout(self.down(inner), self.dropout, self.training)  # (B, T, C)
+
+
+def make_norm(config: Config):
+    """LayerNorm: a position's C numbers get mean 0, variance 1, then a learned scale and shift."""
+    return nn.LayerNorm(config.n_embd, eps=1e-12)
 
 
 class Block(nn.Module):
     """Attention, then feed-forward, each added to the residual stream x: norm(x + sublayer(x))."""
 
-    def __init__(self, config: BERTConfig):
+    def __init__(self, config: Config):
         super().__init__()
         self.config = config
         self.attn, self.attn_norm = Attention(config), make_norm(config)
@@ -239,15 +271,10 @@ class Block(nn.Module):
 
     def forward(self, x, bias=None, turn=None, at=None):
         """x (B, T, C) -> (B, T, C), or with `at` (N,), places b * T + t, the results there (N, C):
-        the feed-forward looks at each position alone, so it can leave out those nobody reads."""
+        the feed-forward looks at each position alone, so it can leave out those not asked for."""
         x = self.add(x, lambda h: self.attn(h, bias, turn), self.attn_norm)
         x = x if at is None else x.flatten(0, 1).index_select(0, at)
         return self.add(x, self.mlp, self.mlp_norm)
-
-
-def make_norm(config: BERTConfig):
-    """LayerNorm: a position's C numbers get mean 0, variance 1, then a learned scale and shift."""
-    return nn.LayerNorm(config.n_embd, eps=1e-12)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -258,7 +285,7 @@ def make_norm(config: BERTConfig):
 class BERT(nn.Module):
     """Embeddings, blocks, and the heads on top: for hidden tokens, for the pair, for labels."""
 
-    def __init__(self, config: BERTConfig):
+    def __init__(self, config: Config):
         super().__init__()
         self.config = config
         self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
@@ -273,9 +300,8 @@ class BERT(nn.Module):
                 "turns", torch.stack((table[:, 1::2], table[:, ::2])), persistent=False
             )
         self.norm = make_norm(config)  # post-norm: of the embeddings; pre-norm: after the blocks
-        self.drop = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.transform = nn.Linear(config.n_embd, config.n_embd)  # for hidden tokens
+        self.transform = nn.Linear(config.n_embd, config.n_embd)  # for hidden tokens (BERT's code)
         self.transform_norm = make_norm(config)
         self.head = nn.Linear(config.n_embd, config.vocab_size)
         if config.nsp or config.n_labels:
@@ -290,14 +316,16 @@ class BERT(nn.Module):
 
     @staticmethod
     def init_weights(module):
-        """BERT's normal distribution of std 0.02; embeddings of std 0.05, so that tokens differ."""
+        """Normal with std 0.02, as BERT; but 0.05 for embeddings (and a tied head), so that tokens
+        differ from the first step on. Biases are 0."""
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=0.05 if isinstance(module, nn.Embedding) else 0.02)
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
     def first_positions(self):
-        """(block_size, C): sinusoids, four times as large as the token embeddings beside them."""
+        """(block_size, C): sinusoids of amplitude 0.2, four times the token embeddings' std. With
+        block_size as their base, even the slowest pair of them moves within a sequence."""
         return 0.2 * sinusoids(self.config.block_size, self.config.n_embd, self.config.block_size)
 
     @torch.no_grad()
@@ -312,7 +340,8 @@ class BERT(nn.Module):
         Vaswani et al. chose them (3.5). So, with its pairs turned, a head's map for queries makes
         a map for keys under which the query at t fits the key at t + d. In the first block, the
         heads begin with d = -1, 1, -2, 2, ...; deeper blocks with an even view of everything. All
-        sublayers begin with an output of zero, so that positions reach each block unharmed.
+        sublayers begin with an output of zero, so that positions reach each block unharmed; their
+        last maps get a gradient all the same, and what is below these from the second step on.
         """
         C, base = self.config.n_embd, self.config.block_size
         for block in self.blocks:
@@ -321,7 +350,8 @@ class BERT(nn.Module):
         if self.config.pos == "learned":
             self.position_embedding.weight.copy_(self.first_positions())
         query, key, _ = self.blocks[0].attn.qkv.weight.chunk(3)  # (C, C) each
-        # A score sums C * hd products, and is divided by sqrt(hd): about 7 where query and key fit.
+        # A score sums C * hd products, and is divided by sqrt(hd): about 7 where query and key fit
+        # (5 or 6 with tokens mixed in: half of the weight lies within two tokens of t + d).
         nn.init.normal_(query, std=(7 / C / self.config.key_width**0.5) ** 0.5)
         head = torch.arange(self.config.n_head).repeat_interleave(self.config.key_width)  # (C,)
         distance = (head // 2 + 1) * (2 * (head % 2) - 1)  # -1, 1, -2, 2, ...: one for each head
@@ -340,28 +370,26 @@ class BERT(nn.Module):
         for a real token, False for padding, which no token attends to. Raises ValueError where T
         exceeds block_size.
         """
-        T, config = idx.size(1), self.config
-        if T > config.block_size:
-            raise ValueError(f"{T} tokens are more than block_size {config.block_size}")
+        T = idx.size(1)
+        if T > self.config.block_size:
+            raise ValueError(f"{T} tokens are more than block_size {self.config.block_size}")
         x = self.token_embedding(idx)  # (B, T, C)
-        if config.pos == "learned":
-            x = x + self.position_embedding.weight[:T]
-        elif config.pos == "sinusoidal":
+        if self.config.pos == "learned":
+            x = x + self.position_embedding.weight[:T]  # + (T, C)
+        elif self.config.pos == "sinusoidal":
             x = x + self.positions[:T]
-        turn = self.turns[:, :T] if config.pos == "rotary" else None  # (2, T, hd / 2)
+        turn = self.turns[:, :T] if self.config.pos == "rotary" else None  # (2, T, hd / 2)
         x = x + (
             self.segment_embedding.weight[0] if segments is None
             else self.segment_embedding(segments)
         )
-        x = self.drop(x if config.norm == "pre" else self.norm(x))
-        bias = None  # added to the scores: -inf hides what is padding
-        if mask is not None:
-            bias = torch.zeros(mask.shape, device=x.device).masked_fill(~mask, float("-inf"))
-            bias = bias[:, None, None, :]  # (B, 1, 1, T)
+        x = x if self.config.norm == "pre" else self.norm(x)
+        x = F.dropout(x, self.config.dropout, self.training)
+        bias = None if mask is None else padding_bias(mask)  # (B, 1, 1, T), hides the padding
         for block in self.blocks[:-1]:
             x = block(x, bias, turn)
         x = self.blocks[-1](x, bias, turn, at)
-        return self.norm(x) if config.norm == "pre" else x
+        return self.norm(x) if self.config.norm == "pre" else x
 
     def forward(self, idx, segments=None, mask=None, at=None):
         """idx (B, T) int64 -> mlm_logits (B, T, V), nsp_logits (B, 2), or None without that head.
@@ -371,7 +399,7 @@ class BERT(nn.Module):
         """
         if at is None:
             hidden = self.encode(idx, segments, mask)  # (B, T, C)
-            whole = hidden[:, 0]  # (B, C)
+            whole = hidden[:, 0]  # (B, C): the state of [CLS]
         else:
             first = torch.arange(len(idx), device=idx.device) * idx.size(1)  # (B,): [CLS]'s places
             hidden = self.encode(idx, segments, mask, torch.cat((at, first)))
@@ -384,7 +412,10 @@ class BERT(nn.Module):
         return torch.tanh(self.pooler(whole))
 
     def classify(self, idx, segments=None, mask=None):
-        """idx (B, T) int64 -> scores of the labels (B, n_labels). Arguments: see `encode`."""
+        """idx (B, T) int64, each row [CLS] text [SEP] -> scores of the labels (B, n_labels).
+        Arguments: see `encode`. Raises ValueError for a model without such a head."""
+        if not self.config.n_labels:
+            raise ValueError("this model has no head for labels: set n_labels")
         first = torch.arange(len(idx), device=idx.device) * idx.size(1)  # (B,): [CLS]'s places
         whole = self.pool(self.encode(idx, segments, mask, first))  # (B, C)
         return self.label_head(F.dropout(whole, self.config.dropout, self.training))
@@ -403,12 +434,14 @@ class BERT(nn.Module):
         return loss
 
 
-# Under these names the training below is the same text in every model file.
-Model, Config, NAME = BERT, BERTConfig, "bert"
+Model = BERT
 
 # --------------------------------------------------------------------------------------------------
 # 5. The objective: say which tokens were hidden, and whether B continues A
 # --------------------------------------------------------------------------------------------------
+
+# A corpus (data.Corpus) has train and validation, arrays of token ids, and token_bytes, how many
+# bytes each token spells. `luck` is always a random number from [0, 1).
 
 SPECIAL_TOKENS = ["[PAD]", "[CLS]", "[SEP]", "[MASK]"]
 SEPARATOR = "[SEP]"  # before the first document, between documents and after the last
@@ -430,14 +463,15 @@ class ObjectiveConfig:
 
 
 class Documents:
-    """Where the documents of a stream of tokens lie; a single one is cut into several.
+    """Where the documents of a stream of tokens lie; a single one is cut into several, since a
+    segment B from elsewhere has to come from another one.
 
-    starts, ends, sizes, last (n,) int64: document i is tokens[starts[i] : ends[i]], and last[i] is
-    how many tokens documents 0 to i have together.
+    starts, ends, sizes, total (n,) int64: document i is tokens[starts[i] : ends[i]], and total[i]
+    is how many tokens documents 0 to i have together.
     """
 
     def __init__(self, edges, length: int):
-        """edges: where the separators stand; length: about what a single one is cut into."""
+        """edges (n + 1,): where the separators stand; length: of the pieces of a single one."""
         starts, ends = edges[:-1] + 1, edges[1:]
         starts, ends = starts[starts < ends], ends[starts < ends]  # none that is empty
         if len(starts) == 1:
@@ -445,18 +479,18 @@ class Documents:
             cuts = np.linspace(starts[0], ends[0], n + 1).astype(np.int64)
             starts, ends = cuts[:-1], cuts[1:]
         self.starts, self.ends, self.sizes = starts, ends, ends - starts
-        self.last = np.cumsum(self.sizes)
+        self.total = np.cumsum(self.sizes)
 
     def locate(self, number):
-        """The token of a number (n,) int64 -> (its document, its place in the stream)."""
-        document = np.searchsorted(self.last, number, side="right")
-        return document, self.ends[document] - (self.last[document] - number)
+        """number (n,) int64, of a token, separators not counted -> (document, place in stream)."""
+        document = np.searchsorted(self.total, number, side="right")
+        return document, self.ends[document] - (self.total[document] - number)
 
     def elsewhere(self, document, luck):
-        """A token outside the document, each as likely -> (its document, its place)."""
+        """A token outside the document, all equally likely -> (its document, its place)."""
         size = self.sizes[document]
-        number = (luck * (self.last[-1] - size)).astype(np.int64)
-        return self.locate(np.where(number < self.last[document] - size, number, number + size))
+        number = (luck * (self.total[-1] - size)).astype(np.int64)
+        return self.locate(np.where(number < self.total[document] - size, number, number + size))
 
     def around(self, document, token, length, luck):
         """Where a window of at most `length` around the token begins -> (begin, length)."""
@@ -489,8 +523,8 @@ def text_room(config: Config, T: int) -> int:
 
 
 def draw_segments(config: Config, documents, document, begin, length, foreign, generator):
-    """Cut windows into A and B, a fifth at least; where foreign (n,) is 1, B becomes a piece of
-    another document. (The paper cuts between sentences, of which 128 tokens have about five.)
+    """Cut windows into A and B, each at least a fifth; where foreign (n,) is 1, B becomes a piece
+    of another document. (The paper cuts between sentences, of which 128 tokens have about five.)
 
     -> where the segments begin in the stream, and their lengths: a, a_length, b, b_length (n,)
     int64. Without pairs the window is A, and b_length is -1.
@@ -506,7 +540,8 @@ def draw_segments(config: Config, documents, document, begin, length, foreign, g
 
 
 def lay_out(tokens, a, a_length, b, b_length, T: int, special: dict[str, int]):
-    """Rows [CLS] A [SEP] B [SEP], then [PAD] up to T; b_length -1 leaves "B [SEP]" out.
+    """Rows [CLS] A [SEP] B [SEP], then [PAD] up to T; b_length -1 lays the second [SEP] onto the
+    first, and there is no B. tokens (N,), a, a_length, b, b_length (n,) int64
 
     -> idx, segments (n, T) int64, and (n, T) bool: where the text's own tokens are.
     """
@@ -527,15 +562,15 @@ def lay_out(tokens, a, a_length, b, b_length, T: int, special: dict[str, int]):
 def hide_tokens(idx, own, real, mask_prob: float, ordinary, mask_id: int, generator):
     """Choose tokens to ask for: mask_prob of a row's length, rounded, at least one (A.1).
 
-    8 in 10 of them become [MASK], 1 in 10 another token, 1 in 10 stays: so the model has to keep a
-    guess for every token, since none is above suspicion. idx (n, T); own (n, T) bool: which may be
-    chosen; real (n, T) bool: all but padding -> (what the model gets to see, labels), (n, T).
+    8 in 10 of them become [MASK], 1 in 10 a random token, 1 in 10 stays: in fine-tuning there will
+    be no [MASK] (3.1), and since any token may be asked for, the model keeps a guess for each.
+    idx (n, T); own (n, T) bool: which may be chosen; real (n, T) bool: all but padding
+    -> (what the model gets to see, targets), (n, T).
     """
     luck = generator.random((*idx.shape, 3))
     count = np.maximum(np.rint(mask_prob * real.sum(axis=1)), 1)  # (n,)
     order = np.where(own, luck[:, :, 0], 2.0).argsort(axis=1)  # the text's own tokens come first
-    rank = np.empty_like(order)
-    np.put_along_axis(rank, order, np.arange(idx.shape[1])[None], axis=1)
+    rank = order.argsort(axis=1)  # of each place in that order
     chosen = (rank < count[:, None]) & own
     fate = luck[:, :, 1]
     seen = np.where(fate < 0.8, mask_id, idx)
@@ -551,9 +586,9 @@ def make_batch(corpus, config, objective, tokens, segments, foreign, T, generato
     idx, segment, own = lay_out(tokens, *segments, T, special)
     real = idx != special["[PAD]"]
     ordinary = np.flatnonzero(corpus.token_bytes)  # tokens that spell something
-    seen, labels = hide_tokens(
+    seen, targets = hide_tokens(
         idx, own, real, objective.mask_prob, ordinary, special["[MASK]"], generator)
-    arrays = dict(idx=seen, segments=segment, mlm_labels=labels)
+    arrays = dict(idx=seen, segments=segment, mlm_labels=targets)
     arrays |= {"nsp_labels": foreign} if config.nsp else {}
     arrays |= {} if real.all() else {"mask": real}
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
@@ -566,8 +601,9 @@ def train_batch(
 
     An epoch goes through the text's tokens block_size apart, from a random offset and in random
     order, and lays a sequence around each; the sequence stays inside the token's document. Half of
-    the pairs of a batch are neighbours. One batch in ten is of a random, shorter length (A.2), the
-    same for all its rows, so nothing has to be padded but what a short document leaves empty.
+    the pairs of a batch are neighbours. One batch in ten is of a random, shorter length, the same
+    for all its rows, so nothing has to be padded but what a short document leaves empty. (The
+    paper's code draws it for each example, `short_seq_prob`.)
     """
     from data import shuffled_rows
 
@@ -577,7 +613,7 @@ def train_batch(
     documents = documents_of(corpus, "train", config.block_size)
     n = rows_per_epoch(corpus, config, objective)
     row, luck = shuffled_rows(n, run.seed, step * rows, rows)
-    document, token = documents.locate(((row + luck) / n * documents.last[-1]).astype(np.int64))
+    document, token = documents.locate(((row + luck) / n * documents.total[-1]).astype(np.int64))
     begin, length = documents.around(document, token, text_room(config, T), generator.random(rows))
     foreign = (step * rows + np.arange(rows)) % 2
     segments = draw_segments(config, documents, document, begin, length, foreign, generator)
@@ -586,7 +622,7 @@ def train_batch(
 
 def eval_batches(corpus, config: Config, objective: ObjectiveConfig, rows: int):
     """The whole validation part in windows, and with pairs each window twice: as it is, and with
-    another B. Masks and pairs are always drawn alike, whatever the seed and the number of rows.
+    another B. Masks and pairs are always the same, whatever the seed and the number of rows.
     """
     T = config.block_size
     documents, room = documents_of(corpus, "validation", T), text_room(config, T)
@@ -609,39 +645,40 @@ def eval_batches(corpus, config: Config, objective: ObjectiveConfig, rows: int):
 
 
 class CrossEntropy(torch.autograd.Function):
-    """The sum of -log softmax(logits)[target] over logits (N, V), targets (N,); -100 for none.
+    """The sum of weight * -log softmax(logits)[target]: logits (N, V), targets (N,) int64, weights
+    (N,), 0 where nothing is asked -> a number.
 
-    Its gradient is softmax(logits) - onehot(target), so the probabilities are turned into it right
-    away and kept in the logits' own type. `F.cross_entropy` computes the same (a test compares
-    them), but passes over N x V float32 numbers three more times.
+    Its gradient is weight * (softmax(logits) - onehot(target)), so the probabilities are turned
+    into it right away and kept in the logits' own type. `F.cross_entropy` computes the same (a test
+    compares them), but passes over N x V float32 numbers three more times.
     """
 
     @staticmethod
-    def forward(ctx, logits, targets):
-        asked = (targets >= 0).unsqueeze(1)  # (N, 1)
-        target = targets.clamp(min=0).unsqueeze(1)  # (N, 1)
-        gradient = F.softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
-        likelihood = gradient.gather(1, target).clamp(min=torch.finfo(gradient.dtype).tiny)
-        gradient.scatter_add_(1, target, -torch.ones_like(likelihood))
-        if not asked.all():
-            gradient.mul_(asked)
-        ctx.save_for_backward(gradient.to(logits.dtype))
-        return -(likelihood.log() * asked).sum()
+    def forward(ctx, logits, targets, weights):
+        target, weight = targets.clamp(min=0).unsqueeze(1), weights.unsqueeze(1)  # (N, 1) each
+        p = F.softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+        chosen = p.gather(1, target).clamp(min=torch.finfo(p.dtype).tiny)  # log 0 would be -inf
+        p.scatter_add_(1, target, -torch.ones_like(chosen))  # from here on p - onehot
+        if not (weight == 1).all():
+            p.mul_(weight)
+        ctx.save_for_backward(p.to(logits.dtype))
+        return -(chosen.log() * weight).sum()
 
     @staticmethod
     def backward(ctx, scale):
-        return ctx.saved_tensors[0] * scale.to(ctx.saved_tensors[0].dtype), None
+        return ctx.saved_tensors[0] * scale.to(ctx.saved_tensors[0].dtype), None, None
 
 
-def loss_sum(model: BERT, batch: dict):
-    """(sum of the hidden tokens' losses, their weight: how many they are, metrics).
+def loss_sum(model: Model, batch: dict):
+    """(sum of the hidden tokens' losses, how many they are, metrics).
 
-    Each pair's loss counts as often as the row has hidden tokens, so that sum / weight is the
-    paper's mean over tokens + mean over pairs, and parts of a batch can still be added up. A
-    metric is a pair of sums, a numerator and a denominator. With `labels` (B,), of fine-tuning, it
-    is the labels' loss, and the weight the number of texts. In training the truth is smoothed: 0.9
-    for the label and the rest for all alike, so that few examples make no model too sure of itself
-    (Szegedy et al. 2016, https://arxiv.org/abs/1512.00567, 7).
+    Sums, so that parts of a batch can be added up: so each pair's loss counts as often as its row
+    has hidden tokens. Where all rows have as many, sum / number is the paper's mean over tokens +
+    mean over pairs (see `BERT.loss`), else nearly so. A metric is a pair of sums, a numerator and a
+    denominator. In fine-tuning `labels` (B,) are asked for: their losses, the number of texts.
+    There the truth is smoothed in training: 0.9 for the label and the rest for all alike, so that
+    few examples make no model too sure of itself (Szegedy et al. 2016,
+    https://arxiv.org/abs/1512.00567, 7).
     """
     if "labels" in batch:
         scores = model.classify(batch["idx"], batch["segments"], batch.get("mask"))
@@ -649,22 +686,21 @@ def loss_sum(model: BERT, batch: dict):
         smoothing = 0.1 if model.training else 0.0
         loss = F.cross_entropy(
             scores, batch["labels"], reduction="sum", label_smoothing=smoothing)
-        return loss, batch["labels"].new_tensor(len(scores)), {}
-    labels = batch["mlm_labels"].flatten()  # (B * T,)
-    at = (labels != -100).nonzero()[:, 0]  # (N,)
+        return loss, len(scores), {}
+    targets = batch["mlm_labels"].flatten()  # (B * T,)
+    at = (targets != -100).nonzero()[:, 0]  # (N,): the places that are asked for
+    targets, number, metrics = targets[at], len(at), {}
     mlm_logits, nsp_logits = model(batch["idx"], batch["segments"], batch.get("mask"), at)
-    target = labels[at]
-    loss = CrossEntropy.apply(mlm_logits, target)
-    weight, metrics = labels.new_tensor(len(at)), {}
+    loss = CrossEntropy.apply(mlm_logits, targets, torch.ones_like(targets))
     if not model.training:
-        metrics["mlm_loss"] = loss, weight
-        metrics["mlm_accuracy"] = (mlm_logits.argmax(dim=-1) == target).sum(), weight
+        metrics["mlm_loss"] = loss, number
+        metrics["mlm_accuracy"] = (mlm_logits.argmax(dim=-1) == targets).sum(), number
     if nsp_logits is not None:
         pair = F.cross_entropy(nsp_logits.float(), batch["nsp_labels"], reduction="none")  # (B,)
         loss = loss + (pair * (batch["mlm_labels"] != -100).sum(dim=1)).sum()
         right = nsp_logits.argmax(dim=-1) == batch["nsp_labels"]
-        metrics["nsp_accuracy"] = right.sum(), labels.new_tensor(len(right))
-    return loss, weight, metrics
+        metrics["nsp_accuracy"] = right.sum(), len(right)
+    return loss, number, metrics
 
 
 def count_tokens(batch: dict) -> int:
@@ -672,15 +708,15 @@ def count_tokens(batch: dict) -> int:
     return int(batch["mask"].sum()) if "mask" in batch else batch["idx"].numel()
 
 
-def count_flops(model: BERT, batch: dict) -> float:
+def count_flops(model: Model, batch: dict) -> float:
     """Floating-point operations of a step: 2 forward and 4 backward for each weight of a matrix
     product and token that meets it, and as many for each number in attention's two products."""
     config, (B, T) = model.config, batch["idx"].shape
-    C, hidden = config.n_embd, int((batch["mlm_labels"] != -100).sum())
-    attention = B * T * config.n_layer * (4 * C * C + 2 * T * C)
-    feed_forward = (B * T * (config.n_layer - 1) + hidden + B) * 2 * C * config.ff_width
-    heads = hidden * (C * C + C * config.vocab_size) + B * (C * C + 2 * C) * config.nsp
-    return 6 * (attention + feed_forward + heads)
+    C, asked = config.n_embd, int((batch["mlm_labels"] != -100).sum())
+    attending = B * T * config.n_layer * (4 * C * C + 2 * T * C)
+    feed_forward = (B * T * (config.n_layer - 1) + asked + B) * 2 * C * config.ff_width
+    heads = asked * (C * C + C * config.vocab_size) + B * (C * C + 2 * C) * config.nsp
+    return 6 * (attending + feed_forward + heads)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -702,14 +738,14 @@ class GenerateConfig:
 
 
 @torch.no_grad()
-def guess(model: BERT, idx, mask_id: int):
+def guess(model: Model, idx, mask_id: int):
     """idx (T,) int64 -> the places of its masks (M,), probabilities of the tokens there (M, V)."""
     at = (idx == mask_id).nonzero()[:, 0]
     mlm_logits, _ = model(idx[None], at=at)
     return at, F.softmax(mlm_logits.float(), dim=-1)
 
 
-def fill(model: BERT, idx, mask_id: int):
+def fill(model: Model, idx, mask_id: int):
     """Fill all masks of idx (T,), the surest first, so that each guess knows of those before it."""
     idx = idx.clone()
     while (idx == mask_id).any():
@@ -736,7 +772,7 @@ def encode_prompt(prompt: str, tokenizer, block_size: int) -> list[int]:
     return ids
 
 
-def write_samples(model: BERT, checkpoint: dict, options: GenerateConfig) -> None:
+def write_samples(model: Model, checkpoint: dict, options: GenerateConfig) -> None:
     """What `generate` prints on standard output: a table of candidates, then the text filled; of a
     fine-tuned model, the likeliest labels of the prompt, or of each text that is typed."""
     from data import build, prompts
@@ -770,7 +806,7 @@ def write_samples(model: BERT, checkpoint: dict, options: GenerateConfig) -> Non
     print(tokenizer.decode(fill(model, idx, mask_id)[1:-1].tolist()))
 
 
-def demonstrate(model: BERT, corpus, length: int) -> str:
+def demonstrate(model: Model, corpus, length: int) -> str:
     """A sample for the log: a text of the validation part in which some tokens were hidden, with
     the guesses in brackets: [right], or [wrong/what stood there]."""
     tokenizer, documents = corpus.tokenizer, documents_of(
@@ -791,7 +827,7 @@ def demonstrate(model: BERT, corpus, length: int) -> str:
 
 
 # --------------------------------------------------------------------------------------------------
-# 7. Published weights: the paper's names for ours
+# 7. Published weights: BERT's names for ours
 # --------------------------------------------------------------------------------------------------
 
 PASSED_OVER = r"bert\.embeddings\.position_ids|(bert\.pooler|cls\.seq_relationship)\..*"
@@ -806,7 +842,7 @@ def published_name(name: str) -> str:
     return name if name.startswith(("bert.", "cls.", "classifier.")) else f"bert.{name}"
 
 
-def published_weights(model: BERT) -> dict:
+def published_weights(model: Model) -> dict:
     """Published name -> our weight, in the published shape: query, key, value are apart there."""
     layers = {
         "bert.embeddings.LayerNorm": model.norm,
@@ -840,7 +876,7 @@ def published_weights(model: BERT) -> dict:
     return named
 
 
-def to_published(config: BERTConfig) -> dict:
+def to_published(config: Config) -> dict:
     """Our settings as `config.json` has them. Raises ValueError where BERT has no such variant."""
     if (config.pos, config.norm) != ("learned", "post"):
         raise ValueError(
@@ -857,11 +893,11 @@ def to_published(config: BERTConfig) -> dict:
     )
 
 
-def from_published(found: dict, names: set[str]) -> BERTConfig:
+def from_published(found: dict, names: set[str]) -> Config:
     """What `config.json` says, and the names of the weights -> our settings."""
     if found.get("hidden_act", "gelu") != "gelu":
         raise ValueError(f"hidden_act {found['hidden_act']} instead of gelu")
-    return BERTConfig(
+    return Config(
         found["vocab_size"], found["max_position_embeddings"], found["num_hidden_layers"],
         found["num_attention_heads"], found["hidden_size"], n_ff=found["intermediate_size"],
         dropout=found.get("hidden_dropout_prob", 0.1), n_segments=found.get("type_vocab_size", 2),
@@ -945,7 +981,7 @@ class Task:
         return lengths
 
     def collate(self, examples: list[dict], tokenizer, generator=None) -> dict:
-        """-> a batch: idx, segments (B, T), labels (B,), and where something is padded mask.
+        """-> a batch: idx, segments (B, T), labels (B,) int64, where padded mask (B, T) bool.
 
         A text that does not fit is cropped: to its beginning, or for training, with a generator, to
         a window at random, so that in time all of it is learned from. Then mask_prob of its tokens
@@ -953,7 +989,7 @@ class Task:
         """
         from data import pad
 
-        start, stop, hidden, padding = (
+        start, stop, mask_id, padding = (
             tokenizer.special[name] for name in ("[CLS]", "[SEP]", "[MASK]", "[PAD]"))
         idx, segments = [], []
         for example in examples:
@@ -962,7 +998,7 @@ class Task:
                 begin = generator.integers(len(text) - room + 1) if generator else 0
                 window = np.array(text[begin : begin + room], np.int64)
                 if generator:
-                    window[generator.random(room) < self.mask_prob] = hidden
+                    window[generator.random(room) < self.mask_prob] = mask_id
                 row += [*window.tolist(), stop]
             idx.append(row)
             segments.append([0] * (example["rooms"][0] + 2) + [1] * (
@@ -973,9 +1009,9 @@ class Task:
         arrays |= {} if real.all() else {"mask": real}
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
-    def score(self, model: BERT, examples, groups) -> tuple[dict, str]:
-        """Accuracy, and the mean of the labels' F1 (macro F1), of which each counts as much however
-        rare it is; the table of who is taken for whom."""
+    def score(self, model: Model, examples, groups) -> tuple[dict, str]:
+        """Accuracy, and the mean of the labels' F1 (macro F1), so that rare labels count as much as
+        frequent ones; the confusion matrix as a table."""
         n, device = len(self.labels), next(model.parameters()).device
         confusion = np.zeros((n, n), np.int64)  # [truth, guess]
         for group in groups:
@@ -1002,7 +1038,7 @@ class Task:
             self.labels, confusion.tolist()))]
         return "\n".join("".join(f"{cell or '.':>{width}}" for cell in row) for row in rows)
 
-    def prepare(self, model: BERT, n: int) -> list:
+    def prepare(self, model: Model, n: int) -> list:
         """Begin the new head; returns what is not to change: with --freeze n the embeddings and the
         lowest n blocks, and always the heads of pretraining, which nothing asks any more.
 
@@ -1018,7 +1054,7 @@ class Task:
         embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
         return idle + ([*embeddings, *model.blocks[:n]] if n else [])
 
-    def label(self, model: BERT, tokenizer, text: str, text_b: str = "") -> list[tuple[str, float]]:
+    def label(self, model: Model, tokenizer, text: str, text_b="") -> list[tuple[str, float]]:
         """The labels with their probabilities, the likeliest first."""
         row = dict(text=text, label=self.labels[0]) | ({"text_b": text_b} if text_b else {})
         batch = self.collate([self.encode(row, tokenizer, model.config)], tokenizer)
@@ -1028,7 +1064,7 @@ class Task:
             probability = F.softmax(model.classify(idx, segments).float(), dim=-1)[0].tolist()
         return sorted(zip(self.labels, probability), key=lambda pair: -pair[1])
 
-    def demonstrate(self, model: BERT, examples, length: int) -> str:
+    def demonstrate(self, model: Model, examples, length: int) -> str:
         """Some held-out texts, what the model takes them for, and what they are."""
         lines = []
         for row in examples.rows[:3]:
@@ -1046,6 +1082,11 @@ OWN_COMMANDS = {}  # that the other two do not have
 # --------------------------------------------------------------------------------------------------
 # 9. Training: from here on the three model files are the same, letter by letter
 # --------------------------------------------------------------------------------------------------
+# To change something: the optimizer is `Muon`, made in Trainer.__init__; the learning rate's course
+# is `schedule`; a batch comes from `train_batch` (5); a metric is a line in `loss_sum` (5); the log
+# is written by Trainer.report and evaluate_and_save. To train on something else, replace methods of
+# Trainer, as FineTuner does. data.py is imported where it is used: the models can do without it.
+
 
 
 @dataclass
@@ -1082,6 +1123,7 @@ class TrainConfig(RunConfig):
     compile: bool = False  # torch.compile: pays on a GPU, in long runs
 
     def __post_init__(self):
+        check_choices(self)
         for name in ("max_steps", "batch_size", "grad_accum", "log_interval"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} has to be at least 1")
@@ -1094,7 +1136,8 @@ class TrainConfig(RunConfig):
 
     @property
     def rows(self) -> int:
-        return self.batch_size * self.grad_accum  # sequences per step
+        """How many sequences a step learns from."""
+        return self.batch_size * self.grad_accum
 
 
 @dataclass
@@ -1128,21 +1171,22 @@ def orthogonalize(matrices, steps: int = 5):
     """Newton-Schulz iteration: the nearest matrices whose singular values are all about 1.
 
     matrices (n, rows, cols), in the dtype that multiplies fastest. X <- aX + b(XX^T)X + c(XX^T)^2 X
-    moves each singular value s to as + bs^3 + cs^5, and these a, b, c bring all of (0, 1] near 1 in
-    five rounds (Jordan 2024, https://kellerjordan.github.io/posts/muon).
+    moves each singular value s to as + bs^3 + cs^5, and these a, b, c bring all from 0.003 to 1 to
+    0.7 to 1.2 in five rounds (Jordan 2024, https://kellerjordan.github.io/posts/muon).
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     wide = matrices.size(-2) <= matrices.size(-1)
     X = matrices if wide else matrices.mT
-    X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # now no singular value is above 1
     for _ in range(steps):
         A = X @ X.mT
-        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
+        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)  # aX + (bA + cAA)X
     return X if wide else X.mT
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon for inner matrices, AdamW for all else: one optimizer, so one overflow skips both.
+    """Muon for inner matrices, AdamW for all else: one optimizer, so that an overflow in float16
+    skips both.
 
     AdamW steps by a fixed size in each *number*; Muon, in each *direction* of a matrix: it takes
     the gradient's (Nesterov) momentum and makes all its singular values 1, so that rare directions
@@ -1151,7 +1195,7 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, model: nn.Module, run: TrainConfig, dtype: torch.dtype):
         self.dtype = dtype  # of the Newton-Schulz products
-        kinds = {}  # (kind, shape, size of its steps) -> parameters
+        kinds = {}  # (muon, shape) or (adamw, does it decay?), factor of the rate -> parameters
         for name, p in model.named_parameters():
             if not p.requires_grad:  # frozen
                 continue
@@ -1160,10 +1204,10 @@ class Muon(torch.optim.Optimizer):
                 kind = "muon", (len(p) // getattr(p, "maps", 1), p.size(1))
             else:
                 kind = "adamw", p.ndim >= 2
-            kinds.setdefault((*kind, getattr(p, "step", 1.0)), []).append(p)
+            kinds.setdefault((*kind, getattr(p, "lr_factor", 1.0)), []).append(p)
         groups = []
-        for (kind, detail, step), params in kinds.items():
-            highest = step * (run.matrix_lr if kind == "muon" else run.lr)
+        for (kind, detail, lr_factor), params in kinds.items():
+            highest = lr_factor * (run.matrix_lr if kind == "muon" else run.lr)
             decay = run.weight_decay if detail else 0.0  # biases and norms do not decay
             groups.append(dict(
                 params=params, kind=kind, shape=detail,
@@ -1171,12 +1215,22 @@ class Muon(torch.optim.Optimizer):
             ))
         super().__init__(groups, {})
 
+    def gradients(self) -> list[torch.Tensor]:
+        """Those of all weights; zeros where no loss reached one."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        for p in params:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        return [p.grad for p in params]
+
     @torch.no_grad()
     def step(self, closure=None):
+        """Change all weights by their gradients."""
+        self.gradients()
         for group in self.param_groups:
             (self.step_muon if group["kind"] == "muon" else self.step_adamw)(group)
 
     def step_muon(self, group, momentum: float = 0.95):
+        """p -= lr * orthogonalize(g + momentum ahead), for a stack of matrices (Jordan 2024)."""
         params, lr, (rows, cols) = group["params"], group["lr"], group["shape"]
         gradient = torch.cat([p.grad.view(-1, rows, cols) for p in params])  # (n, rows, cols)
         state = self.state[params[0]]  # of the whole stack
@@ -1185,14 +1239,15 @@ class Muon(torch.optim.Optimizer):
         average = state["momentum"].lerp_(gradient, 1 - momentum)
         ahead = gradient.lerp(average, momentum)
         directions = orthogonalize(ahead.to(self.dtype)).to(gradient.dtype)  # (n, rows, cols)
-        lr_of_shape = lr * max(1, rows / cols) ** 0.5
+        lr_of_shape = lr * max(1, rows / cols) ** 0.5  # tall ones take longer steps (Jordan 2024)
         for p, direction in zip(params, directions.split([len(p) // rows for p in params])):
             p.mul_(1 - lr * group["weight_decay"]).sub_(
                 direction.reshape(p.shape), alpha=lr_of_shape
             )
 
     def step_adamw(self, group, betas=(0.9, 0.95), eps: float = 1e-8):
-        """p -= lr * (mean of g) / (root of mean g^2), means of recent steps (Kingma & Ba 2015)."""
+        """p -= lr * (mean of g) / (root of mean g^2), means of recent steps (Kingma & Ba 2015), and
+        lr * weight_decay * p (Loshchilov & Hutter 2019)."""
         params, states = group["params"], [self.state[p] for p in group["params"]]
         for p, state in zip(params, states):
             if not state:
@@ -1200,7 +1255,7 @@ class Muon(torch.optim.Optimizer):
                     count=torch.zeros((), device=p.device),
                     mean=torch.zeros_like(p), square=torch.zeros_like(p),
                 )
-        adamw(  # fused: all in one kernel
+        adamw(  # fused: all in one kernel; the empty list is for AMSGrad's maxima
             params, [p.grad for p in params], [state["mean"] for state in states],
             [state["square"] for state in states], [], [state["count"] for state in states],
             fused=True, amsgrad=False, maximize=False, beta1=betas[0], beta2=betas[1],
@@ -1217,7 +1272,7 @@ def schedule(step: int, run: TrainConfig) -> float:
 
 
 def update(model, batch: dict, optimizer, scaler, autocast, run: TrainConfig) -> torch.Tensor:
-    """One optimizer step, computed in run.grad_accum parts, by all ranks. -> the loss per token."""
+    """One optimizer step, in run.grad_accum parts, by all ranks (processes) -> the mean loss."""
     from data import add_up, ranks
 
     model.train()
@@ -1226,20 +1281,16 @@ def update(model, batch: dict, optimizer, scaler, autocast, run: TrainConfig) ->
     size, device = math.ceil(rows / run.grad_accum), next(model.parameters()).device
     total = torch.zeros(2, device=device)  # loss, weight
     for i in mine[::size]:
-        rest = slice(i, min(i + size, mine.stop))
-        part = {name: tensor[rest].to(device) for name, tensor in batch.items()}
+        taken = slice(i, min(i + size, mine.stop))
+        part = {name: tensor[taken].to(device) for name, tensor in batch.items()}
         with autocast:
             loss, weight, _ = loss_sum(model, part)
-        scaler.scale(loss / rows).backward()
+        scaler.scale(loss / rows).backward()  # (/ rows: within the range of float16)
         total += torch.stack([loss.detach(), torch.as_tensor(weight, device=device)])
-    learning = [p for p in model.parameters() if p.requires_grad]
-    for p in learning:
-        if p.grad is None:  # of a head that nothing asked
-            p.grad = torch.zeros_like(p)
-    gradients = [p.grad for p in learning]
+    gradients = optimizer.gradients()
     add_up([*gradients, total])
     scaler.unscale_(optimizer)
-    # Only now is the whole batch's weight known: from the sum per row to the mean per token; clip.
+    # Only now is the weight of all parts known: undo / rows, divide by it, then clip.
     loss, weight = total
     factor = rows / weight
     if run.grad_clip:
@@ -1259,20 +1310,17 @@ def evaluate(model, batches, autocast) -> dict[str, float]:
     from data import from_all, ranks
 
     model.eval()
-    device, sums = next(model.parameters()).device, {}
+    device, sums = next(model.parameters()).device, {}  # name -> its two sums
     for batch in itertools.islice(batches, ranks()[0], None, ranks()[1]):  # each rank has its share
         with autocast:
             loss, weight, metrics = loss_sum(
                 model, {name: tensor.to(device) for name, tensor in batch.items()}
             )
         for name, (over, under) in {"val_loss": (loss, weight), **metrics}.items():
-            total = sums.setdefault(name, [0.0, 0.0])
-            total[0] += float(over)
-            total[1] += float(under)
+            sums[name] = sums.get(name, 0) + np.array([float(over), float(under)])
     found = from_all(sums)
-    totals = {name: [sum(column) for column in zip(*(sums[name] for sums in found if name in sums))]
-              for name in found[0]}
-    return {name: over / under for name, (over, under) in totals.items()}
+    totals = {name: sum(part[name] for part in found if name in part) for name in found[0]}
+    return {name: float(over / under) for name, (over, under) in totals.items()}
 
 
 def evaluate_task(task: Task, model, examples, autocast, size: int) -> tuple[dict, str]:
@@ -1296,7 +1344,7 @@ class Trainer:
     """
 
     unit = "loss per token"  # of the chart
-    task, worn_out, table = None, False, ""  # see FineTuner
+    task, stops_early, table = None, False, ""  # see FineTuner
 
     def __init__(
         self, run: TrainConfig, config: Config, objective: ObjectiveConfig,
@@ -1359,7 +1407,7 @@ class Trainer:
         with one_process(lock), interrupts() as pressed:
             self.begin()
             self.since = time.perf_counter()
-            while self.step < run.max_steps and not self.worn_out:
+            while self.step < run.max_steps and not self.stops_early:
                 try:
                     if any(from_all(bool(pressed))):
                         break
@@ -1370,7 +1418,7 @@ class Trainer:
                 self.step += 1
                 evaluating = self.step % run.eval_interval == 0 or self.step == run.max_steps
                 keeping = run.snapshot_interval and self.step % run.snapshot_interval == 0
-                if keeping or pressed:  # nothing is saved of a run that has come apart
+                if keeping or pressed:  # nothing is saved of a run that has diverged
                     self.check(float(self.pending[-1][0]), self.step)
                 if evaluating or self.step % run.log_interval == 0:
                     self.report()
@@ -1378,7 +1426,7 @@ class Trainer:
                     self.evaluate_and_save()
                 if keeping:
                     self.save(f"ckpt_{self.step:06d}.pt")
-            finished = self.step >= run.max_steps or self.worn_out
+            finished = self.step >= run.max_steps or self.stops_early
             if not finished:
                 self.save("ckpt.pt")
         return finished
@@ -1444,7 +1492,7 @@ class Trainer:
         )
 
     def report(self) -> None:
-        """Log the mean loss since the last report. Raises ValueError if the run has come apart."""
+        """Log the mean loss since the last report. Raises ValueError if the run has diverged."""
         run = self.run
         losses = torch.stack([loss for loss, _ in self.pending]).tolist()  # (waits for the device)
         seconds, self.since = time.perf_counter() - self.since, time.perf_counter()
@@ -1464,19 +1512,19 @@ class Trainer:
     def check(self, loss: float, step: int) -> None:
         """Raises ValueError for a loss that is no number any more."""
         if not math.isfinite(loss):
-            self.come_apart(f"the loss became {loss} at step {step}")
+            self.diverged(f"the loss became {loss} at step {step}")
 
     def check_progress(self, steps: int = 30) -> None:
         """Raises ValueError where all of the last steps were worse than a blind guess."""
-        guess = math.log(self.config.vocab_size) + 1  # (the 1 for first weights, and BERT's pairs)
+        guess = math.log(self.config.vocab_size) + 1  # + 1: for a poor start, and BERT's pairs
         recent = [row["loss"] for row in self.log.rows
                   if "loss" in row and row["step"] > self.step - steps]
         if self.step >= self.run.warmup_steps + steps and min(recent) > guess:
-            self.come_apart(
+            self.diverged(
                 f"the loss was {min(recent):.1f} or more from step {self.step - steps + 1} "
                 f"to {self.step} (a blind guess: {guess - 1:.1f})")
 
-    def come_apart(self, what: str):
+    def diverged(self, what: str):
         """Raises ValueError: what was seen, what is left, and what to try."""
         raise ValueError(
             f"{what}; the last good checkpoint is kept in {self.out_dir}. Try half the --lr and "
@@ -1485,9 +1533,11 @@ class Trainer:
 
     def begin(self) -> None:
         """Say what comes; write run.json, tokenizer.json and, for a new run, the first ckpt.pt."""
-        from data import RunLog, naming, ranks, replacing
+        from data import RunLog, naming, ranks, replacing, set_aside
 
         run, parts = self.run, [self.config, self.objective, self.run]
+        if run.init_from != "resume":
+            set_aside(self.out_dir)
         self.log = RunLog(self.out_dir, self.step if run.init_from == "resume" else None)
         if ranks()[0] > 0:
             return
@@ -1508,8 +1558,6 @@ class Trainer:
             self.log.say(f"resumed at step {self.step}")
         else:
             self.save("ckpt.pt")
-        if run.init_from != "resume":
-            (self.out_dir / "best.pt").unlink(missing_ok=True)  # of an earlier run
 
     def save(self, name: str, weights_only: bool = False) -> None:
         """Write a checkpoint: tensors and plain types only. The old one stays until it is whole."""
@@ -1578,7 +1626,7 @@ class FineTuner(Trainer):
         return found
 
     @property
-    def worn_out(self) -> bool:
+    def stops_early(self) -> bool:
         """Whether the last `patience` evaluations found no lower loss."""
         losses = [row["val_loss"] for row in self.log.rows if "val_loss" in row]
         patience = self.run.patience
@@ -1604,13 +1652,14 @@ class FineTuner(Trainer):
 
 
 def from_pretrained(name_or_folder) -> Model:
-    """A published model: by its name on the Hugging Face hub, or of a folder that holds it.
+    """A model that was trained here, by its run's folder or a checkpoint's path; or a published
+    one, by its name on the Hugging Face hub or of its folder. In evaluation mode, float32.
 
     Raises ValueError or OSError where it is none, or not of this file's architecture.
     """
-    from data import open_published
+    from data import open_weights
 
-    return open_published(sys.modules[__name__], name_or_folder)
+    return open_weights(sys.modules[__name__], name_or_folder)
 
 
 def save_pretrained(model, folder, labels=None) -> None:
@@ -1634,13 +1683,12 @@ def main(arguments: list[str] | None = None) -> int:
     """
     try:
         from data import run_command
-    except ModuleNotFoundError as error:
+    except ImportError as error:
         if error.name not in ("bpe", "data"):
             raise
-        print(
-            f"error: {error.name}.py is missing: put bpe.py and data.py beside {NAME}.py",
-            file=sys.stderr,
-        )
+        hidden = not isinstance(error, ModuleNotFoundError)
+        print(f"error: {error.name}.py is {'hidden by a namesake' if hidden else 'missing'}: put "
+              f"bpe.py and data.py beside {NAME}.py", file=sys.stderr)
         return 2
     return run_command(sys.modules[__name__], sys.argv[1:] if arguments is None else arguments)
 

@@ -8,16 +8,18 @@ of neighbours that occurs most often in a text, makes that pair a token of its o
 "t"+"h", "th"+"e", " "+"the", ... After a few thousand merges common words are one token, rare ones
 a few, and any byte string at all, emoji or damaged file, can still be spelled.
 
-    counts = count_words(text)            1. split the text by GPT-2's pattern, count the words
-    merges = learn_merges(counts, ...)    2. merge the most frequent pair, again and again
-    tok.encode(text)                      3. apply the same merges, in the order they were learned
+    counts = count_words(text)            1  split the text by GPT-2's pattern, count the words
+    merges = learn_merges(counts, ...)    2  merge the most frequent pair, again and again
+    tok.encode(text)                      4  apply the same merges, in the order they were learned
 
     >>> tok = Tokenizer.train(open("input.txt").read(), 1024, special_tokens=["<|endoftext|>"])
     >>> tok.decode(tok.encode("Once upon a time"))
     'Once upon a time'
 
-Ids: special tokens first, then the 256 bytes, then the merges in order. The file is the
-`tokenizer.json` of the `tokenizers` library, which learns the same merges and gives the same ids.
+(Section 3 is about files and special tokens: leave it out at first.) Ids: special tokens first,
+then the 256 bytes, in the order of `byte_alphabet`, then the merges as they were learned. `save`
+writes the `tokenizer.json` of the `tokenizers` library, which learns the same merges and gives the
+same ids.
 
 A published model has to be fed the ids that it was trained on. Three classes of one interface
 (`encode`, `decode`, `special`, `save`, ...) give them, and `Tokenizer.from_pretrained` chooses:
@@ -53,26 +55,11 @@ from typing import NamedTuple
 # 1. Splitting: merges never cross the border between two words
 # --------------------------------------------------------------------------------------------------
 
-# Letters and numbers that Unicode gained from version 13 (Python 3.10) to 16, as hex ranges:
-# with them every Python splits alike. A character that a version has never changes its class.
-NEW_LETTERS = """
-870-887 889-88e 8b5 8c8-8c9 c5d cdd 170d 171f 1b4c 1c89-1c8a 2c2f 2c5f 9ffd-9fff a7c0-a7c1 a7cb-a7cd
-a7d0-a7d1 a7d3 a7d5-a7dc a7f2-a7f4 10570-1057a 1057c-1058a 1058c-10592 10594-10595 10597-105a1
-105a3-105b1 105b3-105b9 105bb-105bc 105c0-105f3 10780-10785 10787-107b0 107b2-107ba 10d4a-10d65
-10d6f-10d85 10ec2-10ec4 10f70-10f81 11071-11072 11075 1123f-11240 11380-11389 1138b 1138e
-11390-113b5 113b7 113d1 113d3 11740-11746 11ab0-11abf 11bc0-11be0 11f02 11f04-11f10 11f12-11f33
-12f90-12ff0 1342f 13441-13446 13460-143fa 16100-1611d 16a70-16abe 16d40-16d6c 18cff 1aff0-1aff3
-1aff5-1affb 1affd-1affe 1b11f-1b122 1b132 1b155 1df00-1df1e 1df25-1df2a 1e030-1e06d 1e290-1e2ad
-1e4d0-1e4eb 1e5d0-1e5ed 1e5f0 1e7e0-1e7e6 1e7e8-1e7eb 1e7ed-1e7ee 1e7f0-1e7fe 2a6de-2a6df
-2b735-2b739 2ebf0-2ee5d 31350-323af"""
-NEW_NUMBERS = """10d40-10d49 116d0-116e3 11bf0-11bf9 11f50-11f59 16130-16139 16ac0-16ac9 16d70-16d79
-1ccf0-1ccf9 1d2c0-1d2d3 1e4f0-1e4f9 1e5f1-1e5fa"""
-
 SPACE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # White_Space
 
 
 def code_ranges(listed: str) -> list[tuple[int, int]]:
-    """The (first, last) of each range in a list like the two above."""
+    """The (first, last) of each range in a list of hex numbers, "9ffd-9fff c5d"."""
     spans = (span.partition("-") for span in listed.split())
     return [(int(first, 16), int(last or first, 16)) for first, _, last in spans]
 
@@ -98,6 +85,7 @@ def word_pattern(limit: int) -> re.Pattern:
     follows. `re` has no `\p{L}` (letters) and `\p{N}` (numbers), and its `\w` and `\d` are other
     sets, so both are spelled out.
     """
+    # A letter for each code point, "L" for letters, "N" for numbers: a regex finds the runs.
     kinds = bytearray(ord(unicodedata.category(chr(code))[0]) for code in range(limit))
     for kind, spans in (b"L", NEW_LETTERS), (b"N", NEW_NUMBERS):
         for first, last in code_ranges(spans):
@@ -119,7 +107,7 @@ def split_words(text: str) -> list[str]:
     """The words of a text, in order; joined they are the text.
 
     `re` looks up characters up to U+FFFF in a table, but tries the ranges above one by one, which
-    takes three times as long: a text without any is spared that. No letter lies above U+3FFFF.
+    takes three times as long: a text with none above is spared that. No letter is above U+3FFFF.
     """
     return word_pattern(0x40000 if BEYOND_TABLE.search(text) else 0x10000).findall(text)
 
@@ -151,8 +139,8 @@ def count_words(text_or_bytes: str | bytes) -> Counter:
 # 2. Learning the merges
 # --------------------------------------------------------------------------------------------------
 # While we merge, a word is a str whose characters are token ids: chr(id). Then a pair of neighbours
-# is a str of length two, merging it is `word.replace(pair, new)`, and all of that runs at the speed
-# of C.
+# is a str of length two, merging it is `word.replace(pair, new)` (`merge_pair` does that in parts,
+# to see the pairs beside it), and all of that runs at the speed of C.
 
 
 def byte_alphabet() -> list[str]:
@@ -211,12 +199,13 @@ def learn_merges(
     """
     words = [as_tokens(word, byte_ids) for word in counts]
     frequency = list(counts.values())
-    pair_count, where = defaultdict(int), defaultdict(lambda: array("I"))
+    pair_count = defaultdict(int)
+    where = defaultdict(lambda: array("I"))  # pair -> the numbers of words that hold it
     for i, word in enumerate(words):
         for pair in neighbours(word):
             pair_count[pair] += frequency[i]
             where[pair].append(i)
-    heap = [(-count, pair) for pair, count in pair_count.items()]
+    heap = [(-count, pair) for pair, count in pair_count.items()]  # of equals, the lowest ids first
     heapq.heapify(heap)
 
     merges, next_id = [], max(byte_ids) + 1
@@ -243,7 +232,7 @@ def learn_merges(
                 pair_count[made] += frequency[i]
                 new_where[made].append(i)
         pair_count[pair] = 0
-        for made, places in new_where.items():
+        for made, places in new_where.items():  # their counts are final, until a merge takes some
             where[made] += places
             heapq.heappush(heap, (-pair_count[made], made))
     return merges
@@ -466,7 +455,7 @@ class Tokenizer(BaseTokenizer):
         for rank, (pair, merged) in enumerate(merges):
             self.merges[pair] = (rank, merged)
             spelling[ord(merged)] = spelling[ord(pair[0])] + spelling[ord(pair[1])]
-        self.shown = spelling | {token.id: token.content.encode() for token in added}
+        self.shown = spelling | {token.id: token.content.encode() for token in added}  # special too
         self.words = _Cache(self.encode_word)
         super().__init__(added, self.shown)
 
@@ -504,9 +493,11 @@ class Tokenizer(BaseTokenizer):
         return list(chain.from_iterable(map(self.words.__getitem__, split_words(text))))
 
     def encode_word(self, word: str) -> list[int]:
-        """Ids of one word: of its pairs merge that learned first, everywhere, until none is left.
+        """Ids of one word: while it has pairs that were learned, merge the one learned first,
+        wherever it stands.
 
-        The heap holds each pair's rank once: a "word" of a million letters takes seconds, not days.
+        The heap holds each pair once, so no round looks at all of them again: a "word" of a million
+        letters takes seconds, not days.
         """
         word = as_tokens(word, self.byte_ids)
         heap = [(self.merges[pair], pair) for pair in set(neighbours(word)) if pair in self.merges]
@@ -1073,3 +1064,23 @@ def sentencepiece_json(data: bytes, n_sentinels: int = 100) -> dict:
         decoder=metaspace,
         model=dict(type="Unigram", unk_id=kinds.index(UNKNOWN), vocab=vocab, byte_fallback=False),
     )
+
+
+# --------------------------------------------------------------------------------------------------
+# 8. Later characters, for `word_pattern`
+# --------------------------------------------------------------------------------------------------
+
+# Letters and numbers that Unicode gained from version 13 (Python 3.10) to 16, as hex ranges: with
+# them Python 3.10 to 3.14 split alike.
+NEW_LETTERS = """
+870-887 889-88e 8b5 8c8-8c9 c5d cdd 170d 171f 1b4c 1c89-1c8a 2c2f 2c5f 9ffd-9fff a7c0-a7c1 a7cb-a7cd
+a7d0-a7d1 a7d3 a7d5-a7dc a7f2-a7f4 10570-1057a 1057c-1058a 1058c-10592 10594-10595 10597-105a1
+105a3-105b1 105b3-105b9 105bb-105bc 105c0-105f3 10780-10785 10787-107b0 107b2-107ba 10d4a-10d65
+10d6f-10d85 10ec2-10ec4 10f70-10f81 11071-11072 11075 1123f-11240 11380-11389 1138b 1138e
+11390-113b5 113b7 113d1 113d3 11740-11746 11ab0-11abf 11bc0-11be0 11f02 11f04-11f10 11f12-11f33
+12f90-12ff0 1342f 13441-13446 13460-143fa 16100-1611d 16a70-16abe 16d40-16d6c 18cff 1aff0-1aff3
+1aff5-1affb 1affd-1affe 1b11f-1b122 1b132 1b155 1df00-1df1e 1df25-1df2a 1e030-1e06d 1e290-1e2ad
+1e4d0-1e4eb 1e5d0-1e5ed 1e5f0 1e7e0-1e7e6 1e7e8-1e7eb 1e7ed-1e7ee 1e7f0-1e7fe 2a6de-2a6df
+2b735-2b739 2ebf0-2ee5d 31350-323af"""
+NEW_NUMBERS = """10d40-10d49 116d0-116e3 11bf0-11bf9 11f50-11f59 16130-16139 16ac0-16ac9 16d70-16d79
+1ccf0-1ccf9 1d2c0-1d2d3 1e4f0-1e4f9 1e5f1-1e5fa"""

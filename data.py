@@ -103,6 +103,8 @@ def one_process(path, wait: bool = False):
     leaves, too: the system lets go of what it held. (No effect on Windows.)
     """
     path = Path(path)
+    if path.parent.is_file():
+        raise ValueError(f"{path.parent} is a file: name a folder")
     with naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -172,6 +174,24 @@ def replacing(path, mode: str = "wb"):
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+RUN_FILES = ("ckpt.pt", "best.pt", "tokenizer.json", "run.json", "log.jsonl", "loss.svg")
+
+
+def set_aside(folder) -> None:
+    """Move the files of an earlier run, if it made a step, into FOLDER/before, whose own are lost:
+    a run from scratch that was started by mistake costs nothing."""
+    folder = Path(folder)
+    aside = folder / "before"
+    if ranks()[0] > 0 or not (folder / "best.pt").exists():
+        return
+    with naming(aside):
+        aside.mkdir(exist_ok=True)
+        for name in RUN_FILES:
+            if (folder / name).exists():
+                os.replace(folder / name, aside / name)
+    say(f"the run that {folder} held is in {aside} now")
 
 
 def made(path, make) -> Path:
@@ -356,7 +376,7 @@ def find_source(name: str) -> dict[str, Path]:
         path = Path(__file__).parent / name  # input.txt, from another working folder
     if path.is_dir():
         files = sorted(
-            file for file in path.rglob("*") if file.suffix in READABLE and file.is_file())
+            file for file in path.rglob("*") if file.suffix.lower() in READABLE and file.is_file())
         if not files:
             raise ValueError(f"the folder {name} holds no {', '.join(READABLE)} file")
         return {"train": one_text(files)}
@@ -376,7 +396,9 @@ def named_files(name: str) -> dict[str, Path]:
 
 def one_text(files: list[Path], part: str = "train") -> Path:
     """The one UTF-8 file of these: itself if it is one plain file, else made in the cache."""
-    if len(files) == 1 and files[0].suffix not in (".gz", ".jsonl"):
+    if len(files) == 1 and files[0].suffix.lower() not in (".gz", ".jsonl"):
+        if files[0].suffix == ".csv":
+            say(f"{files[0]} is taken as plain text; a table of examples is for `finetune`")
         return files[0]
 
     def write(path):
@@ -395,7 +417,7 @@ def read_documents(path: Path, part: str):
     if path.name.endswith(".tar.gz"):
         yield from ([text] for _, text in archive_texts(path, part))
         return
-    with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+    with gzip.open(path) if path.suffix.lower() == ".gz" else open(path, "rb") as file:
 
         def blocks(read, size):
             try:
@@ -403,7 +425,7 @@ def read_documents(path: Path, part: str):
             except (EOFError, zlib.error, gzip.BadGzipFile) as error:
                 raise ValueError(f"{path} is no whole .gz file: {error}") from None
 
-        if not path.name.removesuffix(".gz").endswith(".jsonl"):
+        if not path.name.lower().removesuffix(".gz").endswith(".jsonl"):
             yield blocks(file.read, PIECE)
             return
         for number, line in enumerate(blocks(file.readline, LONGEST), 1):
@@ -412,7 +434,8 @@ def read_documents(path: Path, part: str):
                     yield [json.loads(line)["text"].encode("utf-8", "replace")]
                 except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                     raise ValueError(
-                        f'{path}, line {number}: not a JSON object with a "text"') from None
+                        f'{path}, line {number}: not a JSON object with a "text"; a table of '
+                        "examples is for `finetune`") from None
 
 
 class Member(tarfile.TarInfo):
@@ -463,7 +486,7 @@ def fingerprint(files: list[Path], *extra) -> str:
 
 
 def split_point(path: Path) -> int:
-    """The byte where the last tenth begins: of the documents, or of a text that is one stream."""
+    """The byte where the last tenth begins: of ten documents or more, else of the bytes."""
     size = path.stat().st_size
     if size == 0:
         raise ValueError(f"{path} is empty: there is nothing to learn from")
@@ -474,8 +497,8 @@ def split_point(path: Path) -> int:
     ), np.int64)
     rest = pieces(path, int(ends[-1]), size) if len(ends) else []  # behind the last separator
     documents = len(ends) + any(read_bytes(*piece).strip() for piece in rest)
-    if documents > 1:
-        return int(ends[max(int(documents * 0.9), 1) - 1])
+    if documents >= 10:
+        return int(ends[int(documents * 0.9) - 1])
     point = size * 9 // 10
     around = read_bytes(path, point, point + 4)
     return point + sum(1 for _ in itertools.takewhile(inside_a_character, around))
@@ -862,7 +885,7 @@ def csv_rows(path: Path):
 
 
 def jsonl_rows(path: Path):
-    """Yield a dict for each line that is not empty. Numbers become texts."""
+    """Yield a dict for each line that is not empty. Numbers, true and false become texts."""
     with open(path, encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
@@ -874,8 +897,8 @@ def jsonl_rows(path: Path):
             if not isinstance(row, dict):
                 raise ValueError(f"{path}, line {number}: not a JSON object")
             for name, value in row.items():
-                if isinstance(value, (int, float)) and not isinstance(value, bool):
-                    row[name] = str(value)
+                if isinstance(value, (bool, int, float)):
+                    row[name] = json.dumps(value)
             yield row | {"place": f"line {number}"}
 
 
@@ -885,7 +908,9 @@ def check_rows(rows: list[dict], path, columns, optional) -> list[dict]:
     missing = [name for name in columns if name not in there]
     if missing and rows:
         raise ValueError(f"{path} has no column {missing[0]!r}: it takes {', '.join(columns)}, "
-                         f"and has {', '.join(map(repr, there))}")
+                         f"and has {', '.join(map(repr, there))}"
+                         + (" (a .csv begins with a line of names, with commas between them)"
+                            if Path(path).suffix == ".csv" else ""))
     if not rows:
         raise ValueError(f"{path} has no rows; it takes the columns {', '.join(columns)}")
     used = [name for name in (*columns, *optional) if name in there]
@@ -1007,7 +1032,12 @@ def pretrained_folder(name_or_folder) -> Path:
     """
     name = str(name_or_folder)
     if Path(name).is_dir():
+        if not (Path(name) / "config.json").exists():
+            raise ValueError(f"{name} holds no run (ckpt.pt) and no published model (config.json)")
         return Path(name)
+    if Path(name).parent != Path() and Path(name).parent.is_dir():  # not what is meant to be a name
+        raise ValueError(f"{name} is neither a folder nor a model's name: {Path(name).parent} has "
+                         "nothing of that name")
     if not re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", name, re.ASCII) or re.search(r"\.\.|--", name):
         raise ValueError(
             f"{name} is neither a folder nor a model's name, like gpt2 or google/t5-v1_1-small")
@@ -1016,6 +1046,8 @@ def pretrained_folder(name_or_folder) -> Path:
     known = set(note.read_text("utf-8").split()) if note.exists() else set()
     absent = set(known)
     get = functools.partial(hub_file, name, folder, absent)
+    if not (folder / "config.json").exists():
+        say(f"there is no folder {name} here: looking for it on the hub")
     if not get("config.json"):
         raise OSError(f"there is no model {name} with a config.json, here or on the hub: "
                       f"check the spelling")
@@ -1531,9 +1563,11 @@ class Parser(argparse.ArgumentParser):
     """argparse, with one line for a mistake instead of a page of usage."""
 
     def error(self, message: str):
-        unknown = re.match(r"unrecognized arguments: (--\w+)", message)
+        unknown = re.match(r"unrecognized arguments: ([^ =]+)", message)
         if unknown:
-            near = difflib.get_close_matches(unknown[1], self._option_string_actions, 1)
+            flags = self._option_string_actions
+            near = difflib.get_close_matches(unknown[1].replace("-", "_"), flags, 1)
+            near += ["--data " + unknown[1]] if Path(unknown[1]).exists() else []
             message = (f"there is no flag {unknown[1]}"
                        + (f"; did you mean {near[0]}?" if near else ""))
         raise ValueError(f"{message} ({self.prog} --help lists the flags)")
@@ -1574,8 +1608,10 @@ def add_flags(parser: argparse.ArgumentParser, cls, defaults: dict) -> None:
             options["type"] = boolean if kind is bool else kind
         default = defaults.get(field.name, field.default)
         if default not in (None, dataclasses.MISSING):
-            notes.append(f"default {json.dumps(default).strip(chr(34))}"
-                         if default != "" else "default: none")
+            if default != "":
+                notes.append(f"default {json.dumps(default).strip(chr(34))}")
+            elif "(default" not in helps[field.name]:
+                notes.append("default: none")
         options["help"] = (
             helps[field.name] + (f" ({'; '.join(notes)})" if notes else "")).replace("%", "%%")
         group.add_argument(f"--{field.name}", default=argparse.SUPPRESS, **options)
@@ -1638,7 +1674,10 @@ def parse_command(paradigm, arguments: list[str]):
     chosen = (arguments[0] if arguments and not arguments[0].startswith("-")
               else next(iter(commands)))
     if chosen not in commands:
-        raise ValueError(f"there is no command {chosen}: the commands are {', '.join(commands)}")
+        near = difflib.get_close_matches(chosen, commands, 1)
+        near = ["--data " + chosen] if Path(chosen).exists() else near
+        raise ValueError(f"there is no command {chosen}: the commands are {', '.join(commands)}"
+                         + (f"; did you mean {near[0]}?" if near else ""))
     if ranks()[1] > 1 and chosen not in ("train", "finetune"):
         raise ValueError(f"{chosen} is for one process: start it without torchrun")
     command, classes = commands[chosen]
@@ -1930,6 +1969,13 @@ def last_checkpoint(folder: str) -> Path:
     return path
 
 
+def keep_apart(folder: str, init_from: str) -> None:
+    """Raises ValueError where a run would begin with the weights in its own folder."""
+    origin = Path(init_from).resolve()
+    if Path(folder).resolve() in (origin, origin.parent):
+        raise ValueError(f"{folder} holds the model to start from: set another --out_dir")
+
+
 def train_command(paradigm, settings: dict, given: dict) -> int:
     """Train, from scratch, from a checkpoint's weights, or where a run was stopped."""
     init_from, checkpoint, folder = settings["init_from"], None, settings["out_dir"]
@@ -1943,7 +1989,13 @@ def train_command(paradigm, settings: dict, given: dict) -> int:
                 raise ValueError(f"--{name} {given[name]} does not fit the checkpoint, "
                                  f"which has {value}: leave it out")
         settings |= checkpoint["config"] | {k: v for k, v in given.items() if k == "dropout"}
-        if init_from == "resume":
+        if init_from != "resume":
+            keep_apart(folder, init_from)
+        else:
+            learned = checkpoint["run"].get("optimizer")
+            if given.get("optimizer", learned) != learned:
+                raise ValueError(f"--optimizer {given['optimizer']} does not fit the checkpoint, "
+                                 f"which has the state of {learned}: leave it out")
             settings |= checkpoint["objective"] | checkpoint["run"] | given
             settings["out_dir"] = folder  # also when it has been moved since
     config, objective, run = (
@@ -1964,8 +2016,8 @@ def finetune_command(paradigm, settings: dict, given: dict) -> int:
         raise ValueError(
             f"nothing to start from: there is no {init_from} yet. First `python {paradigm.NAME}.py`"
             ", or name a run, a checkpoint or a published model with --init_from")
-    if not resuming and Path(folder).resolve() in (origin.resolve(), origin.resolve().parent):
-        raise ValueError(f"{folder} holds the model to start from: set another --out_dir")
+    if not resuming:
+        keep_apart(folder, init_from)
     checkpoint, model = open_model(paradigm, last_checkpoint(folder) if resuming else init_from)
     if resuming and not checkpoint["task"]:
         raise ValueError(f"{folder} holds a pretraining: go on with `train`")
@@ -1986,11 +2038,13 @@ def finish(paradigm, trainer, command: str) -> int:
     """Train to the end, or to Ctrl-C, and say what can be done next."""
     run, start = trainer.run, f"python {paradigm.NAME}.py"
     again = "" if run.out_dir == f"out/{paradigm.NAME}" else f" --out_dir {run.out_dir}"
+    if trainer.step >= run.max_steps:
+        say(f"nothing is left to do: {run.out_dir} is at step {trainer.step} already")
     if not trainer.train():
         trainer.log.say(f"stopped at step {trainer.step}. "
                         f"To go on: {start} {command}--init_from resume{again}")
         return 130
-    if trainer.worn_out:
+    if trainer.stops_early:
         trainer.log.say("the held-out loss no longer falls: stopped; best.pt has the best of it")
     trainer.log.say(
         *("", trainer.show(400).strip(), "", *trainer.table.splitlines()),
@@ -2020,7 +2074,7 @@ def load_checkpoint(paradigm, path):
             if type(checkpoint[key]) is not kind:
                 raise ValueError(f"its {key} is no {kind.__name__}")
         if checkpoint["name"] != name:
-            raise ValueError(f"{checkpoint['name']}.py wrote it")
+            raise ValueError(f"{checkpoint['name']}.py wrote it, and opens it")
         made = {}
         for part, cls in parts.items():
             if part == "task" and checkpoint[part] is None:
@@ -2093,6 +2147,9 @@ def open_published(paradigm, name_or_folder):
     """A published model by its name or of a folder: see `from_pretrained` in the model files."""
     folder = pretrained_folder(name_or_folder)
     found = read_config(folder)
+    other = dict(gpt2="gpt", bert="bert", t5="t5").get(str(found.get("model_type")), paradigm.NAME)
+    if other != paradigm.NAME:
+        raise ValueError(f"{folder} holds a {found['model_type']}: that is for {other}.py")
     names = {paradigm.published_name(name) for name in weight_names(folder)}
     size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
     try:
@@ -2118,18 +2175,34 @@ def save_published(folder, config: dict, weights: dict, labels=None) -> None:
         json.dump(config, file, indent=1)
 
 
-def open_model(paradigm, path):
-    """(checkpoint, model): of a checkpoint, of the run in a folder, or of a published model."""
+def checkpoint_at(path) -> Path | None:
+    """The checkpoint in a run's folder, or the path itself if it is one; None for other things."""
     runs = [Path(path) / name for name in ("best.pt", "ckpt.pt")]
     file = next((run for run in runs if run.exists()), Path(path))
-    if file.is_file() or file.suffix == ".pt":
+    return file if file.is_file() or file.suffix == ".pt" else None
+
+
+def open_weights(paradigm, path):
+    """The model of a checkpoint, of a run's folder, or a published one, without its tokenizer."""
+    file = checkpoint_at(path)
+    return load_checkpoint(paradigm, file)[1].eval() if file else open_published(paradigm, path)
+
+
+def open_model(paradigm, path):
+    """(checkpoint, model): of a checkpoint, of the run in a folder, or of a published model."""
+    file = checkpoint_at(path)
+    if file:
         checkpoint, model = load_checkpoint(paradigm, file)
         say(f"{file}: step {checkpoint['step']}")
     else:
         model = open_published(paradigm, path)
-        objective, run = paradigm.ObjectiveConfig(), paradigm.TrainConfig()
+        objective, run, task = paradigm.ObjectiveConfig(), paradigm.TrainConfig(), None
+        if getattr(model.config, "n_labels", 0):  # a BERT that was fine-tuned
+            names = read_config(pretrained_folder(path))["id2label"]  # {"0": name, "1": ...}
+            names = sorted(dict(names).items(), key=lambda item: int(item[0]))
+            task = vars(paradigm.Task(labels=[str(name) for _, name in names]))
         checkpoint = dict(
-            step=0, config=vars(model.config), objective=vars(objective), run=vars(run), task=None,
+            step=0, config=vars(model.config), objective=vars(objective), run=vars(run), task=task,
             documents=1, model=model.state_dict(), tokenizer=Tokenizer.from_pretrained(path),
         )
     check_tokenizer(path, checkpoint["tokenizer"], paradigm.SPECIAL_TOKENS, model.config.vocab_size)
@@ -2155,7 +2228,7 @@ def eval_command(paradigm, settings: dict, given: dict) -> int:
     if checkpoint["task"]:
         task = build(paradigm.Task, checkpoint["task"])
         parts = task_rows(task, source)
-        if Path(source).is_file() and source != learned:  # all of it is new
+        if Path(source).is_file() and Path(source).resolve() != Path(learned).resolve():  # all new
             parts["validation"] += parts["train"]
         examples = Examples(task, parts["validation"], tokenizer, config, parts["train"])
         found, table = paradigm.evaluate_task(task, model, examples, autocast, options.batch_size)
@@ -2165,6 +2238,7 @@ def eval_command(paradigm, settings: dict, given: dict) -> int:
     objective = build(paradigm.ObjectiveConfig, checkpoint["objective"])
     corpus = prepare(
         source, config.vocab_size, paradigm.SPECIAL_TOKENS, paradigm.SEPARATOR, tokenizer)
+    say(f"{source}: {len(corpus.validation):,} tokens, its validation part")
     batches = paradigm.eval_batches(corpus, config, objective, options.batch_size)
     row |= paradigm.evaluate(model, batches, autocast)
     print(json.dumps(row | {"perplexity": math.exp(min(row[paradigm.TOKEN_LOSS], 700))}))

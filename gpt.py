@@ -1,15 +1,15 @@
 """GPT: a decoder that reads text from left to right and predicts the next token at every position.
 
-That is the whole objective. A text of T tokens gives T exercises at once, since a causal mask lets
-each position see only itself and what came before:
+That is the whole objective. T + 1 tokens give T exercises at once, since a causal mask lets each
+position see only itself and what came before:
 
-    input    Once  upon   a     time  there
-    target   upon   a    time  there   was
+    input    Once   upon   a      time   there
+    target   upon   a      time   there  was
 
-The architecture is GPT-2's: token and position embeddings, a stack of blocks that each add the
-output of attention (positions exchange information) and of a feed-forward network (each position
-thinks alone) to a residual stream, and a linear head that turns the stream into a score for every
-token of the vocabulary.
+The architecture is GPT-2's. Each position holds a vector, the residual stream; it begins as the sum
+of a token's and a position's embedding. Each block adds to it what attention brings (positions
+exchange information) and then what a feed-forward network makes of it (each position thinks alone).
+In the end a linear head turns it into a score for every token of the vocabulary.
 
     python gpt.py                                  train on input.txt: 2 to 3 minutes on a laptop
     python gpt.py generate --prompt "Title: The"   write with what was trained
@@ -22,11 +22,13 @@ token of the vocabulary.
     python gpt.py export --to FOLDER               what was trained, for transformers
     python gpt.py --help                           every flag
 
-It reads from top to bottom: 2 the configuration, 3 layers, 4 the model, 5 the objective,
-6 generation, 7 published weights, 8 fine-tuning and the ladder, 9 training, 10 the command line.
-Copied alone into a project, this file still gives `from gpt import GPT, GPTConfig`; to train, it
-needs bpe.py (the tokenizer) and data.py (files, downloads, the log) beside it. To learn, change
-things: `--pos none` (which words suffer?), `--norm none`, `--n_head 1`.
+It reads from top to bottom: 1 this page, 2 the configuration, 3 layers, 4 the model, 5 the
+objective, 6 generation, 7 published weights, 8 fine-tuning and the ladder, 9 training, 10 the
+command line.
+Copied alone into a project, this file still gives `from gpt import GPT, GPTConfig`; its commands
+need bpe.py (the tokenizer) and data.py (files, downloads, the log) beside it. To learn, change
+things: `--pos none` (which words suffer?), `--norm none`, `--n_head 1`; `causal=False` in Attention
+(the loss falls towards 0, and what it writes is nonsense: why?).
 
 Papers: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners" (GPT-2);
 Vaswani et al. 2017, https://arxiv.org/abs/1706.03762 (attention); Radford et al. 2018 (GPT).
@@ -46,9 +48,9 @@ import math
 import sys
 import textwrap
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args, get_origin
 
 import numpy as np
 import torch
@@ -61,9 +63,17 @@ from torch.optim.adamw import adamw
 # --------------------------------------------------------------------------------------------------
 
 
+def check_choices(config) -> None:
+    """Raises ValueError where a field that has a list of values, a Literal, has none of these."""
+    for option in fields(config):
+        value, values = getattr(config, option.name), get_args(option.type)
+        if get_origin(option.type) is Literal and value not in values:
+            raise ValueError(f"{option.name} {value!r} is none of {', '.join(values)}")
+
+
 @dataclass
 class GPTConfig:
-    """The architecture. Defaults are GPT-2's; every other value is a variant people have tried.
+    """The architecture. Defaults are GPT-2's, but for dropout (there 0.1); the rest is variants.
 
     Raises ValueError for sizes that do not fit together.
     """
@@ -85,6 +95,7 @@ class GPTConfig:
     tie: bool = True  # the head uses the token embedding's weights
 
     def __post_init__(self):
+        check_choices(self)
         if min(self.vocab_size, self.block_size, self.n_head, self.n_embd) < 1 or self.n_layer < 0:
             raise ValueError(
                 "vocab_size, block_size, n_head and n_embd have to be at least 1, "
@@ -102,32 +113,37 @@ class GPTConfig:
                 f"rotary positions turn pairs of numbers: head_dim {self.key_width} has to be even"
             )
         if self.block_size * max(self.n_embd, self.n_head * self.key_width) > 1 << 28:
-            raise ValueError(f"block_size {self.block_size} is too large for any memory")
+            raise ValueError(f"block_size {self.block_size} takes a table of over 1 GiB")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout {self.dropout} is not between 0 and 1")
 
     @property
     def key_width(self) -> int:
+        """Width of a head's queries and keys."""
         return self.n_embd // self.n_head if self.head_dim is None else self.head_dim
 
     @property
     def value_width(self) -> int:
+        """Width of a head's values."""
         return self.key_width if self.value_dim is None else self.value_dim
 
     @property
     def ff_width(self) -> int:
+        """Width inside a feed-forward."""
         return 4 * self.n_embd if self.n_ff is None else self.n_ff
 
 
+Config, NAME = GPTConfig, "gpt"  # so named, what the files have in common is the same text
+
 PRESETS = {  # GPT-2's four sizes have 124 M, 355 M, 774 M and 1.56 B parameters
     "laptop": dict(vocab_size=2048, block_size=128, n_layer=4, n_head=4, n_embd=256),
-    "t4": dict(vocab_size=8192, block_size=512, n_layer=8, n_head=8, n_embd=512),
+    "t4": dict(vocab_size=8192, block_size=512, n_layer=8, n_head=8, n_embd=512),  # for that GPU
     "gpt2": dict(vocab_size=50257, block_size=1024, n_layer=12, n_head=12, n_embd=768),
     "gpt2-medium": dict(vocab_size=50257, block_size=1024, n_layer=24, n_head=16, n_embd=1024),
     "gpt2-large": dict(vocab_size=50257, block_size=1024, n_layer=36, n_head=20, n_embd=1280),
     "gpt2-xl": dict(vocab_size=50257, block_size=1024, n_layer=48, n_head=25, n_embd=1600),
 }
-RECIPES = {  # training settings that go with a preset; the others start from laptop's
+RECIPES = {  # training settings that go with a preset (matrix_lr: Muon's, see 9); else laptop's
     "laptop": dict(max_steps=500, batch_size=16, lr=0.01, matrix_lr=0.03),
     "t4": dict(max_steps=3000, batch_size=32, lr=0.005, matrix_lr=0.02, eval_interval=250),
 }
@@ -135,6 +151,8 @@ RECIPES = {  # training settings that go with a preset; the others start from la
 # --------------------------------------------------------------------------------------------------
 # 3. Layers, from the bottom up
 # --------------------------------------------------------------------------------------------------
+# Shapes: B texts of T tokens, S tokens that they look at; C = n_embd numbers for each token; nh
+# heads, each with hd numbers for a query or a key, and vd for a value; V = vocab_size.
 
 LONG = 1024  # number of keys from which the fused attention is faster on a CPU, too
 
@@ -142,26 +160,26 @@ LONG = 1024  # number of keys from which the fused attention is faster on a CPU,
 def attention(query, key, value, bias=None, causal=False, scale=None, dropout=0.0):
     """softmax(Q K^T * scale + bias) V: per query a weighted mean of the values (Vaswani, 3.2.1).
 
+    A query says what a position looks for, a key what one offers, a value what it passes on.
     query (B, nh, T, hd), key (B, nh, S, hd), value (B, nh, S, vd) -> (B, nh, T, vd). bias is added
     to the scores and broadcasts to (B, nh, T, S). causal: the last query sees all S keys, the one
-    before it S - 1, and so on. scale: 1 / sqrt(hd) unless given.
+    before it S - 1, and so on. scale: 1 / sqrt(hd) unless given, so that the scores of a wider head
+    are no larger.
 
-    The formula is the last three lines. For short sequences on a CPU it is two to three times as
-    fast as PyTorch's fused kernel; elsewhere (also for a single query) the fused one is faster.
+    The formula is the last three lines. For short sequences on a CPU, in bfloat16, it is two to
+    three times as fast as PyTorch's fused kernel; elsewhere (also for one query) that is faster.
     """
     T, S = query.size(-2), key.size(-2)
     scale = query.size(-1) ** -0.5 if scale is None else scale
     fused = query.device.type != "cpu" or S >= LONG or T == 1
-    if causal and (T != S or bias is not None or not fused):
-        future = torch.full(
-            (T, S), float("-inf"), dtype=query.dtype, device=query.device
-        ).triu(1 + S - T)
+    if causal and (T != S or bias is not None or not fused):  # the kernel's own is for T = S alone
+        future = query.new_full((T, S), -math.inf).triu(1 + S - T)  # a weight of 0
         bias, causal = future if bias is None else bias + future, False
     if fused:
         return F.scaled_dot_product_attention(query, key, value, bias, dropout, causal, scale=scale)
     scores = (query * scale) @ key.transpose(-2, -1)  # (B, nh, T, S)
     weights = F.softmax(scores if bias is None else scores + bias, dim=-1)
-    return F.dropout(weights, dropout) @ value  # (B, nh, T, vd)
+    return F.dropout(weights, dropout) @ value  # (B, nh, T, vd); (dropout is 0 outside training)
 
 
 def sinusoids(length: int, width: int, base: float = 10000) -> torch.Tensor:
@@ -190,7 +208,7 @@ class KVCache:
         self.block_size, self.length = block_size, 0
 
     def append(self, key, value):
-        """key, value (B, nh, T, hd) of T new tokens -> those of all tokens so far."""
+        """key (B, nh, T, hd), value (B, nh, T, vd) of T new tokens -> those of all so far."""
         if self.length == 0:
             B, nh, _, hd = key.shape
             dtype = torch.float32 if key.device.type == "cpu" else key.dtype  # fastest for 1 query
@@ -203,19 +221,22 @@ class KVCache:
 
 
 class Attention(nn.Module):
-    """Multi-head causal self-attention: each head compares in its own way (Vaswani, 3.2.2)."""
+    """Causal self-attention: nh attentions side by side, each with queries, keys and values of its
+    own (Vaswani, 3.2.2)."""
 
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config: Config):
         super().__init__()
         self.n_head, self.dropout = config.n_head, config.dropout
         self.widths = [config.n_head * width for width in (
             config.key_width, config.key_width, config.value_width
         )]
         self.qkv = nn.Linear(config.n_embd, sum(self.widths), bias=config.bias)  # three maps in one
-        self.qkv.weight.maps = 3 if config.value_width == config.key_width else 1  # for Muon, below
+        # For Muon (9) they are three matrices.
+        self.qkv.weight.maps = 3 if config.value_width == config.key_width else 1
         self.proj = nn.Linear(self.widths[2], config.n_embd, bias=config.bias)
 
     def forward(self, x, turn=None, cache: KVCache | None = None):
+        """x (B, T, C), turn (2, T, hd / 2), see `rotate` -> (B, T, C)."""
         B, T, C = x.shape
         query, key, value = (
             part.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, nh, T, hd)
@@ -226,51 +247,55 @@ class Attention(nn.Module):
         if cache is not None:
             key, value = cache.append(key, value)
             query = query.to(key.dtype)
-        mixed = attention(query, key, value, causal=T > 1, dropout=self.dropout * self.training)
-        mixed = self.proj(mixed.transpose(1, 2).reshape(B, T, -1).to(x.dtype))  # (B, T, C)
+        causal = T > 1  # a single new token sees all there is
+        mixed = attention(query, key, value, causal=causal, dropout=self.dropout * self.training)
+        mixed = self.proj(mixed.transpose(1, 2).flatten(2).to(x.dtype))  # (B, T, C)
         return F.dropout(mixed, self.dropout, self.training)
 
 
 class FeedForward(nn.Module):
     """Two linear layers and a non-linearity, the same everywhere: C -> n_ff -> C (Vaswani, 3.3)."""
 
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config: Config):
         super().__init__()
         self.act, self.dropout = config.act, config.dropout
         self.up = nn.Linear(config.n_embd, config.ff_width, bias=config.bias)
         self.down = nn.Linear(config.ff_width, config.n_embd, bias=config.bias)
 
     def forward(self, x):
+        """x (B, T, C) -> (B, T, C)."""
         inner = self.up(x)  # (B, T, n_ff)
+        # (Approximated as in GPT-2; BERT's is exact.)
         inner = F.gelu(inner, approximate="tanh") if self.act == "gelu" else F.relu(inner)
         return F.dropout(self.down(inner), self.dropout, self.training)  # (B, T, C)
+
+
+def make_norm(config: Config):
+    """LayerNorm: a position's C numbers get mean 0, variance 1, then a learned scale and shift."""
+    return nn.LayerNorm(config.n_embd, bias=config.bias) if config.norm != "none" else nn.Identity()
 
 
 class Block(nn.Module):
     """Attention, then feed-forward, each added to the residual stream x: x + sublayer(norm(x))."""
 
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config: Config):
         super().__init__()
         self.config = config
         self.attn, self.attn_norm = Attention(config), make_norm(config)
-        self.mlp, self.mlp_norm = (
-            (FeedForward(config), make_norm(config)) if config.ff_width else (None, None)
-        )
+        self.mlp = FeedForward(config) if config.ff_width else None
+        self.mlp_norm = make_norm(config) if config.ff_width else None
 
     def add(self, x, sublayer, norm):
-        """GPT-2's pre-norm x + sublayer(norm(x)); post-norm norm(x + sublayer(x)); or no x +."""
+        """GPT-2's pre-norm x + sublayer(norm(x)), or post-norm norm(x + sublayer(x));
+        residual=False leaves out x +."""
         y = sublayer(norm(x) if self.config.norm == "pre" else x)
         y = x + y if self.config.residual else y
         return norm(y) if self.config.norm == "post" else y
 
     def forward(self, x, turn=None, cache: KVCache | None = None):
+        """x (B, T, C) -> (B, T, C)."""
         x = self.add(x, lambda h: self.attn(h, turn, cache), self.attn_norm)
-        return self.add(x, self.mlp, self.mlp_norm) if self.mlp is not None else x  # (B, T, C)
-
-
-def make_norm(config: GPTConfig):
-    """LayerNorm: a position's C numbers get mean 0, variance 1, then a learned scale and shift."""
-    return nn.LayerNorm(config.n_embd, bias=config.bias) if config.norm != "none" else nn.Identity()
+        return x if self.mlp is None else self.add(x, self.mlp, self.mlp_norm)  # (B, T, C)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -281,7 +306,7 @@ def make_norm(config: GPTConfig):
 class GPT(nn.Module):
     """Embeddings, blocks, a last norm, and the head that scores every token as the next one."""
 
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config: Config):
         super().__init__()
         self.config = config
         self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
@@ -296,48 +321,50 @@ class GPT(nn.Module):
             self.register_buffer(
                 "turns", torch.stack((table[:, 1::2], table[:, ::2])), persistent=False
             )
-        self.drop = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        # Pre-norm leaves the stream itself as it is, so the head gets it normalized.
         self.norm = make_norm(config) if config.norm == "pre" else nn.Identity()
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.apply(self.init_weights)
         for name, weight in self.named_parameters():
-            if name.endswith(("proj.weight", "down.weight")):  # 2 per block, added to the stream
-                nn.init.normal_(weight, std=0.02 / math.sqrt(2 * config.n_layer))  # (GPT-2, 2.3)
+            if name.endswith(("proj.weight", "down.weight")):
+                # 2 * n_layer of them add up in the stream: its variance stays (GPT-2, 2.3).
+                nn.init.normal_(weight, std=0.02 / math.sqrt(2 * config.n_layer))
         if config.tie:
             self.head.weight = self.token_embedding.weight
 
     @staticmethod
     def init_weights(module):
-        """GPT-2's normal distribution of std 0.02; embeddings of std 0.05, so that tokens differ
-        enough from the first step (character model, 160 steps: validation loss 1.89, not 1.93)."""
+        """Normal with std 0.02, as GPT-2; but 0.05 for embeddings (and a tied head), so that tokens
+        differ from the first step on. Biases are 0."""
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=0.05 if isinstance(module, nn.Embedding) else 0.02)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
-    def hidden(self, idx, cache: list[KVCache] | None = None):
-        """idx (B, T) int64, with a cache the new tokens -> (B, T, C), after the last norm."""
-        start = cache[0].length if cache else 0
+    def hidden(self, idx, caches: list[KVCache] | None = None):
+        """idx (B, T) int64; with caches, one for each block, only the tokens that are not in them
+        yet -> (B, T, C) after the last norm. Raises ValueError beyond block_size."""
+        start = caches[0].length if caches else 0
         end = start + idx.size(1)
         if end > self.config.block_size:
             raise ValueError(f"{end} tokens are more than block_size {self.config.block_size}")
         x = self.token_embedding(idx)  # (B, T, C)
         if self.config.pos == "learned":
-            x = x + self.position_embedding.weight[start:end]
+            x = x + self.position_embedding.weight[start:end]  # + (T, C)
         elif self.config.pos == "sinusoidal":
             x = x + self.positions[start:end]
         turn = self.turns[:, start:end] if self.config.pos == "rotary" else None  # (2, T, hd / 2)
-        x = self.drop(x)
+        x = F.dropout(x, self.config.dropout, self.training)
         for i, block in enumerate(self.blocks):
-            x = block(x, turn, cache[i] if cache else None)
+            x = block(x, turn, caches[i] if caches else None)
         return self.norm(x)
 
     def forward(self, idx, targets=None):
         """idx (B, T) int64 -> logits (B, T, V), and the mean loss, or None without targets (B, T).
 
-        targets[b, t] is the token that follows idx[b, t]; where it is -100 nothing is asked.
-        Raises ValueError where T exceeds block_size.
+        targets[b, t] is the token that follows idx[b, t]; where it is -100 nothing is asked. (The
+        training below computes its own, see `loss_sum`.) Raises ValueError beyond block_size.
         """
         logits = self.head(self.hidden(idx))
         if targets is None:
@@ -345,12 +372,14 @@ class GPT(nn.Module):
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
 
 
-# Under these names the training below is the same text in every model file.
-Model, Config, NAME = GPT, GPTConfig, "gpt"
+Model = GPT
 
 # --------------------------------------------------------------------------------------------------
 # 5. The objective: predict the next token
 # --------------------------------------------------------------------------------------------------
+
+# A corpus (data.Corpus) has train and validation, arrays of token ids, and token_bytes, how many
+# bytes each token spells. `luck` is always a random number from [0, 1).
 
 SPECIAL_TOKENS = ["<|endoftext|>"]
 SEPARATOR = "<|endoftext|>"  # before the first document, between documents and after the last
@@ -370,7 +399,8 @@ def rows_per_epoch(corpus, config: Config, objective: ObjectiveConfig) -> int:
             f"{len(corpus.validation)} to validate do not fill windows of {config.block_size}; "
             f"give more text or a smaller --block_size"
         )
-    return max((len(corpus.train) - 1) // config.block_size - 1, 1)  # one less: the offset is free
+    # One less than fit, so that there is room for a random offset.
+    return max((len(corpus.train) - 1) // config.block_size - 1, 1)
 
 
 def train_batch(
@@ -383,7 +413,7 @@ def train_batch(
     from data import shuffled_rows
 
     T, n = config.block_size, rows_per_epoch(corpus, config, objective)
-    row, luck = shuffled_rows(n, run.seed, step * run.rows, run.rows)
+    row, luck = shuffled_rows(n, run.seed, step * run.rows, run.rows)  # (rows,); luck: the epoch's
     offset = (luck * (len(corpus.train) - n * T)).astype(np.int64)
     at = (offset + row * T)[:, None] + np.arange(T + 1)  # (rows, T + 1)
     window = torch.from_numpy(corpus.train[at].astype(np.int64))
@@ -391,7 +421,8 @@ def train_batch(
 
 
 def eval_batches(corpus, config: Config, objective: ObjectiveConfig, rows: int):
-    """The whole validation part, in windows that do not overlap; each token is a target once.
+    """The whole validation part, in windows that do not overlap: each token but the first is a
+    target once.
 
     Yields idx and targets (rows, block_size), and the `bytes` (rows,) that the row's targets spell.
     """
@@ -408,50 +439,46 @@ def eval_batches(corpus, config: Config, objective: ObjectiveConfig, rows: int):
 
 
 class CrossEntropy(torch.autograd.Function):
-    """The sum of -log softmax(logits)[target] over logits (N, V), targets (N,); -100 for none.
+    """The sum of weight * -log softmax(logits)[target]: logits (N, V), targets (N,) int64, weights
+    (N,), 0 where nothing is asked -> a number.
 
-    Its gradient is softmax(logits) - onehot(target), so the probabilities are turned into it right
-    away and kept in the logits' own type. `F.cross_entropy` computes the same (a test compares
-    them), but passes over N x V float32 numbers three more times.
+    Its gradient is weight * (softmax(logits) - onehot(target)), so the probabilities are turned
+    into it right away and kept in the logits' own type. `F.cross_entropy` computes the same (a test
+    compares them), but passes over N x V float32 numbers three more times.
     """
 
     @staticmethod
-    def forward(ctx, logits, targets):
-        asked = (targets >= 0).unsqueeze(1)  # (N, 1)
-        target = targets.clamp(min=0).unsqueeze(1)  # (N, 1)
-        gradient = F.softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
-        likelihood = gradient.gather(1, target).clamp(min=torch.finfo(gradient.dtype).tiny)
-        gradient.scatter_add_(1, target, -torch.ones_like(likelihood))
-        if not asked.all():
-            gradient.mul_(asked)
-        ctx.save_for_backward(gradient.to(logits.dtype))
-        return -(likelihood.log() * asked).sum()
+    def forward(ctx, logits, targets, weights):
+        target, weight = targets.clamp(min=0).unsqueeze(1), weights.unsqueeze(1)  # (N, 1) each
+        p = F.softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+        chosen = p.gather(1, target).clamp(min=torch.finfo(p.dtype).tiny)  # log 0 would be -inf
+        p.scatter_add_(1, target, -torch.ones_like(chosen))  # from here on p - onehot
+        if not (weight == 1).all():
+            p.mul_(weight)
+        ctx.save_for_backward(p.to(logits.dtype))
+        return -(chosen.log() * weight).sum()
 
     @staticmethod
     def backward(ctx, scale):
-        return ctx.saved_tensors[0] * scale.to(ctx.saved_tensors[0].dtype), None
+        return ctx.saved_tensors[0] * scale.to(ctx.saved_tensors[0].dtype), None, None
 
 
-def loss_sum(model: GPT, batch: dict):
-    """(sum of the tokens' losses, their weight: how many they are, metrics).
+def loss_sum(model: Model, batch: dict):
+    """(sum of the losses, number of tokens that are asked for, metrics).
 
     Sums, so that parts of a batch can be added up. A metric is a pair of sums, a numerator and a
     denominator: bits per byte = loss / ln 2 over bytes, which can be compared across tokenizers.
-    With `weights` (B,), of fine-tuning, a row's tokens count so many times.
+    In fine-tuning `weights` (B,) multiplies both the losses of a row's tokens and their number.
     """
     logits = model(batch["idx"])[0].flatten(0, 1)  # (B * T, V)
+    weights = batch["targets"] != -100  # (B, T)
     if "weights" in batch:
-        asked = batch["targets"] != -100  # (B, T)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        each = F.cross_entropy(logits, batch["targets"].flatten(), reduction="none")
-        weights = batch["weights"][:, None] * asked
-        return (each.view_as(weights) * weights).sum(), weights.sum(), {}
-    loss = CrossEntropy.apply(logits, batch["targets"].flatten())
-    weight = (batch["targets"] != -100).sum()
-    metrics = {
-        "bits_per_byte": (loss.detach() / math.log(2), batch["bytes"].sum())
-    } if "bytes" in batch else {}
-    return loss, weight, metrics
+        weights = weights * batch["weights"][:, None]
+    loss = CrossEntropy.apply(logits, batch["targets"].flatten(), weights.flatten())
+    metrics = {}
+    if "bytes" in batch:
+        metrics["bits_per_byte"] = loss.detach() / math.log(2), batch["bytes"].sum()
+    return loss, weights.sum(), metrics
 
 
 def count_tokens(batch: dict) -> int:
@@ -459,9 +486,10 @@ def count_tokens(batch: dict) -> int:
     return batch["idx"].numel()
 
 
-def count_flops(model: GPT, batch: dict) -> float:
-    """Floating-point operations of a step: per token 2 forward and 4 backward for each weight of a
-    matrix product, and as many for each number in attention's two (Kaplan et al. 2020, 2.1)."""
+def count_flops(model: Model, batch: dict) -> float:
+    """Floating-point operations of a step: tokens * 6 * (weights + n_layer * T * nh * (hd + vd)), 2
+    forward and 4 backward for each weight of a linear layer and each number that enters attention's
+    two products (Kaplan et al. 2020, 2.1)."""
     weights = sum(
         module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear)
     )
@@ -498,8 +526,9 @@ def sample(logits, temperature: float = 1.0, top_k: int | None = None, top_p: fl
 
 @contextlib.contextmanager
 def fast_product(idx):
-    """Within it, a CPU multiplies the states of idx (B, T) in the faster of two ways. oneDNN,
-    PyTorch's bfloat16 library, rearranges the matrix first: triple the time for a single vector."""
+    """For speed alone: within it, a CPU multiplies the states of idx (B, T) in the faster of two
+    ways. oneDNN, PyTorch's kernels for a CPU, repacks a bfloat16 matrix first: for a single vector
+    that triples the time."""
     before = torch.backends.mkldnn.enabled
     torch.backends.mkldnn.enabled = before and idx.numel() > 1
     try:
@@ -521,22 +550,25 @@ def generate(
 
     When the context is full, its older half is dropped and the rest computed again: learned
     positions belong to places in the window, so cached keys are wrong once the window moves.
+    Raises ValueError for other shapes. The model is left in evaluation mode.
     """
+    if idx.ndim != 2 or not idx.numel():
+        raise ValueError(f"idx has to be (B, T) with T at least 1, not {tuple(idx.shape)}")
     model.eval()  # no dropout
     (B, T), block_size = idx.shape, model.config.block_size
     tokens = torch.cat((idx, idx.new_zeros(B, max_new_tokens)), dim=1)
     start = max(0, T - block_size)  # the window is tokens[:, start:end]
-    cache, done = [], idx.new_zeros(B, dtype=torch.bool)
+    caches, done = [], idx.new_zeros(B, dtype=torch.bool)
     for end in range(T, T + max_new_tokens):
         if end - start > block_size:
-            start, cache = end - max(block_size // 2, 1), []
-        if not cache:
+            start, caches = end - max(block_size // 2, 1), []
+        if not caches:
             new = tokens[:, start:end]
-            cache = [KVCache(block_size) for _ in model.blocks] if use_cache else []
+            caches = [KVCache(block_size) for _ in model.blocks] if use_cache else []
         else:
             new = tokens[:, end - 1 : end]
         with fast_product(new):
-            logits = model.head(model.hidden(new, cache)[:, -1])  # (B, V)
+            logits = model.head(model.hidden(new, caches)[:, -1])  # (B, V)
         column = sample(logits, temperature, top_k, top_p)
         if stop is not None:
             column = column.masked_fill(done, stop)
@@ -549,7 +581,7 @@ def generate(
     return tokens
 
 
-GPT.generate = generate
+GPT.generate = generate  # a method, written here beside `sample`
 
 
 @dataclass
@@ -576,7 +608,7 @@ class GenerateConfig:
             raise ValueError(f"top_p {self.top_p} is not between 0 and 1")
 
 
-def prompt_ids(prompt: str, tokenizer, documents: int, block_size: int) -> list[int]:
+def encode_prompt(prompt: str, tokenizer, documents: int, block_size: int) -> list[int]:
     """The prompt as tokens; where the corpus had several documents, it begins one.
 
     Raises ValueError for a prompt beyond the context.
@@ -590,7 +622,7 @@ def prompt_ids(prompt: str, tokenizer, documents: int, block_size: int) -> list[
 
 
 def continuations(
-    model: GPT, tokenizer, ids: list[int], options: GenerateConfig, on_text=None
+    model: Model, tokenizer, ids: list[int], options: GenerateConfig, on_text=None
 ) -> list[str]:
     """What follows the tokens `ids`, num_samples times, each up to the end of the document.
 
@@ -616,13 +648,13 @@ def continuations(
     return [tokenizer.decode(row) for row in ended]
 
 
-def demonstrate(model: GPT, corpus, length: int) -> str:
+def demonstrate(model: Model, corpus, length: int) -> str:
     """A sample for the log."""
-    ids = prompt_ids("", corpus.tokenizer, corpus.documents, model.config.block_size)
+    ids = encode_prompt("", corpus.tokenizer, corpus.documents, model.config.block_size)
     return continuations(model, corpus.tokenizer, ids, GenerateConfig(max_new_tokens=length))[0]
 
 
-def write_samples(model: GPT, checkpoint: dict, options: GenerateConfig) -> None:
+def write_samples(model: Model, checkpoint: dict, options: GenerateConfig) -> None:
     """What `generate` prints on standard output: one text as it comes, several when done; of a
     fine-tuned model, the answer to the prompt, or to each that is typed."""
     from data import build, prompts
@@ -640,14 +672,14 @@ def write_samples(model: GPT, checkpoint: dict, options: GenerateConfig) -> None
             print("" if on_text else "\n\n".join(texts))
         return
     prompt = options.prompt
-    ids = prompt_ids(prompt, tokenizer, checkpoint["documents"], model.config.block_size)
+    ids = encode_prompt(prompt, tokenizer, checkpoint["documents"], model.config.block_size)
     if on_text:
         on_text(prompt)
     texts = continuations(model, tokenizer, ids, options, on_text)
     print("" if on_text else "\n\n".join(prompt + text for text in texts))
 
 
-def write_random(model: GPT, rows: int, length: int):
+def write_random(model: Model, rows: int, length: int):
     """What `bench` times: `rows` sequences of 8 random tokens, continued by `length` more."""
     device = next(model.parameters()).device
     idx = torch.randint(model.config.vocab_size, (rows, 8), device=device)
@@ -668,8 +700,8 @@ def published_name(name: str) -> str:
     return name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
 
 
-def published_weights(model: GPT) -> dict:
-    """Published name -> our weight, in the published shape: GPT-2's matrices are transposed."""
+def published_weights(model: Model) -> dict:
+    """Published name -> our weight, in the published shape: GPT-2 stores matrices as (in, out)."""
     named = {
         "transformer.wte.weight": model.token_embedding.weight,
         "transformer.wpe.weight": model.position_embedding.weight,
@@ -689,18 +721,15 @@ def published_weights(model: GPT) -> dict:
     return named
 
 
-def to_published(config: GPTConfig) -> dict:
+def to_published(config: Config) -> dict:
     """Our settings as `config.json` has them. Raises ValueError where GPT-2 has no such variant."""
-    same = replace(
-        config, head_dim=None, value_dim=None, bias=True, pos="learned", norm="pre", residual=True)
-    narrow = config.key_width == config.value_width == config.n_embd // config.n_head
-    if config != replace(same, head_dim=config.head_dim, value_dim=config.value_dim) or not narrow:
+    gpt2 = replace(config, bias=True, pos="learned", norm="pre", residual=True)
+    narrow = config.key_width == config.value_width == config.n_embd / config.n_head
+    if config != gpt2 or not narrow or not config.ff_width:
         raise ValueError(
-            "GPT-2 has learned positions, pre-norm, residuals, biases and heads as wide as "
-            "n_embd / n_head: transformers has no class for this variant"
+            "GPT-2 has learned positions, pre-norm, residuals, biases, feed-forwards and heads as "
+            "wide as n_embd / n_head: transformers has no class for this variant"
         )
-    if not config.ff_width:
-        raise ValueError("GPT-2 has feed-forwards: transformers has no class for this variant")
     return dict(
         architectures=["GPT2LMHeadModel"], model_type="gpt2", vocab_size=config.vocab_size,
         n_positions=config.block_size, n_embd=config.n_embd, n_layer=config.n_layer,
@@ -711,10 +740,10 @@ def to_published(config: GPTConfig) -> dict:
     )
 
 
-def from_published(found: dict, names: set[str]) -> GPTConfig:
+def from_published(found: dict, names: set[str]) -> Config:
     """What `config.json` says, and the names of the weights -> our settings."""
     acts = dict(gelu_new="gelu", gelu_pytorch_tanh="gelu", relu="relu")
-    return GPTConfig(
+    return Config(
         found["vocab_size"], found.get("n_positions", found.get("n_ctx", 1024)), found["n_layer"],
         found["n_head"], found["n_embd"], n_ff=found.get("n_inner"),
         dropout=found.get("resid_pdrop", 0.1),
@@ -727,11 +756,10 @@ def from_published(found: dict, names: set[str]) -> GPTConfig:
 # 8. Fine-tuning: answer a prompt
 # --------------------------------------------------------------------------------------------------
 
-# Settings that go with a model's size: "published" for those 512 wide and more. A small model soon
-# knows its examples by heart, so that the held-out loss rises from the second epoch on; yet only
-# then does it do what the prompt says. (Also seen with large ones: Ouyang et al. 2022, 3.5.) So
-# laptop's run is evaluated at its end alone.
-FINETUNING = {
+# A small model soon knows its examples by heart, so that the held-out loss rises from the second
+# epoch on; yet only then does it do what the prompt says. (Also seen with large ones: Ouyang et al.
+# 2022, 3.5.) So laptop's run is evaluated at its end alone.
+FINETUNING = {  # settings that go with a model's size: "published" for those 512 wide and more
     "laptop": dict(
         epochs=4.0, batch_size=16, optimizer="adamw", lr=0.003, matrix_lr=0.01, weight_decay=0.0,
         eval_interval=1000,
@@ -797,7 +825,8 @@ class Task:
         return [tokenizer.special[SEPARATOR], *tokenizer.encode(prompt), *tokenizer.encode("\n")]
 
     def collate(self, examples: list[dict], tokenizer, generator=None) -> dict:
-        """-> a batch: idx, targets (B, T), weights (B,)."""
+        """-> a batch: idx, targets (B, T) int64, weights (B,). Padding is on the right, where the
+        causal mask hides it from every token that is asked for."""
         from data import pad
 
         idx, targets = (
@@ -807,24 +836,24 @@ class Task:
         weights = torch.tensor([example["weight"] for example in examples])
         return dict(idx=idx, targets=targets, weights=weights)
 
-    def score(self, model: GPT, examples, groups) -> tuple[dict, str]:
+    def score(self, model: Model, examples, groups) -> tuple[dict, str]:
         """What else can be measured, and a table: of free text, nothing."""
         return {}, ""
 
-    def prepare(self, model: GPT, n: int) -> list[nn.Module]:
+    def prepare(self, model: Model, n: int) -> list[nn.Module]:
         """What --freeze n keeps as it is: the embeddings and the lowest n blocks."""
         if n > len(model.blocks):
             raise ValueError(f"--freeze {n}: the model has {len(model.blocks)} layers")
         embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
         return [*embeddings, *model.blocks[:n]] if n else []
 
-    def demonstrate(self, model: GPT, examples, length: int) -> str:
+    def demonstrate(self, model: Model, examples, length: int) -> str:
         """The answer to a held-out prompt."""
         prompt, options = examples.rows[0]["prompt"], GenerateConfig(max_new_tokens=length)
         return f"{prompt}\n{self.answers(model, examples.tokenizer, prompt, options)[0]}"
 
     def answers(
-        self, model: GPT, tokenizer, prompt: str, options: GenerateConfig, on_text=None
+        self, model: Model, tokenizer, prompt: str, options: GenerateConfig, on_text=None
     ) -> list[str]:
         """What the model answers: until it ends, or the context does."""
         ids = self.encode_prompt(prompt, tokenizer)[-(model.config.block_size // 2) :]
@@ -843,7 +872,7 @@ class Task:
 FIRST_STEP = dict(  # two tables: what a token is, and what follows such a token
     n_layer=0, n_head=1, n_embd=64, n_ff=0, pos="none", norm="none", residual=False, tie=False,
 )
-LADDER = [  # name, what changes, and what to see
+LADDER = [  # name, what changes (the last one: several things), and what to see
     ("bigram", {},
      "Guesses the next token from the last one alone: the best that can be done without looking "
      "further back."),
@@ -864,7 +893,7 @@ LADDER = [  # name, what changes, and what to see
      "Each sublayer adds to a stream instead of replacing it. Tokens and gradients now have a "
      "direct way through: the same depth pays at last."),
     ("wider feed-forward", dict(n_ff=256),
-     "Four times as wide, as in all published models. Most of a transformer's weights, and of what "
+     "Four times as wide, as in GPT-2 and BERT. Most of a transformer's weights, and of what "
      "it knows by heart, are here."),
     ("post-LN", dict(norm="post"),
      "LayerNorm after each sublayer, as in the first transformer and in BERT: numbers stay in "
@@ -903,7 +932,8 @@ class LadderConfig:
 
 
 def climb(config: Config, corpus, run: "TrainConfig", device, dtype):
-    """One step of the ladder -> (its row of ladder.json, its curve [(step, loss), ...])."""
+    """One step of the ladder -> (its row of ladder.json, its curve [(step, loss), ...]). The whole
+    of training in a dozen lines; `Muon`, `schedule` and `update` are explained in room 9."""
     import data
 
     start = time.perf_counter()
@@ -932,7 +962,7 @@ def climb(config: Config, corpus, run: "TrainConfig", device, dtype):
 
 
 def ladder_command(paradigm, settings: dict, given: dict) -> int:
-    """From a bigram to a GPT: twelve models, each one change away from the one before."""
+    """From a bigram to a GPT: twelve models, each a small change of the one before."""
     import data
 
     options = data.build(LadderConfig, settings)
@@ -964,11 +994,16 @@ def ladder_command(paradigm, settings: dict, given: dict) -> int:
     return 0
 
 
-OWN_COMMANDS = {"ladder": (ladder_command, (LadderConfig,))}
+OWN_COMMANDS = {"ladder": (ladder_command, (LadderConfig,))}  # that the other two do not have
 
 # --------------------------------------------------------------------------------------------------
 # 9. Training: from here on the three model files are the same, letter by letter
 # --------------------------------------------------------------------------------------------------
+# To change something: the optimizer is `Muon`, made in Trainer.__init__; the learning rate's course
+# is `schedule`; a batch comes from `train_batch` (5); a metric is a line in `loss_sum` (5); the log
+# is written by Trainer.report and evaluate_and_save. To train on something else, replace methods of
+# Trainer, as FineTuner does. data.py is imported where it is used: the models can do without it.
+
 
 
 @dataclass
@@ -1005,6 +1040,7 @@ class TrainConfig(RunConfig):
     compile: bool = False  # torch.compile: pays on a GPU, in long runs
 
     def __post_init__(self):
+        check_choices(self)
         for name in ("max_steps", "batch_size", "grad_accum", "log_interval"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} has to be at least 1")
@@ -1017,7 +1053,8 @@ class TrainConfig(RunConfig):
 
     @property
     def rows(self) -> int:
-        return self.batch_size * self.grad_accum  # sequences per step
+        """How many sequences a step learns from."""
+        return self.batch_size * self.grad_accum
 
 
 @dataclass
@@ -1051,21 +1088,22 @@ def orthogonalize(matrices, steps: int = 5):
     """Newton-Schulz iteration: the nearest matrices whose singular values are all about 1.
 
     matrices (n, rows, cols), in the dtype that multiplies fastest. X <- aX + b(XX^T)X + c(XX^T)^2 X
-    moves each singular value s to as + bs^3 + cs^5, and these a, b, c bring all of (0, 1] near 1 in
-    five rounds (Jordan 2024, https://kellerjordan.github.io/posts/muon).
+    moves each singular value s to as + bs^3 + cs^5, and these a, b, c bring all from 0.003 to 1 to
+    0.7 to 1.2 in five rounds (Jordan 2024, https://kellerjordan.github.io/posts/muon).
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     wide = matrices.size(-2) <= matrices.size(-1)
     X = matrices if wide else matrices.mT
-    X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # now no singular value is above 1
     for _ in range(steps):
         A = X @ X.mT
-        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
+        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)  # aX + (bA + cAA)X
     return X if wide else X.mT
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon for inner matrices, AdamW for all else: one optimizer, so one overflow skips both.
+    """Muon for inner matrices, AdamW for all else: one optimizer, so that an overflow in float16
+    skips both.
 
     AdamW steps by a fixed size in each *number*; Muon, in each *direction* of a matrix: it takes
     the gradient's (Nesterov) momentum and makes all its singular values 1, so that rare directions
@@ -1074,7 +1112,7 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, model: nn.Module, run: TrainConfig, dtype: torch.dtype):
         self.dtype = dtype  # of the Newton-Schulz products
-        kinds = {}  # (kind, shape, size of its steps) -> parameters
+        kinds = {}  # (muon, shape) or (adamw, does it decay?), factor of the rate -> parameters
         for name, p in model.named_parameters():
             if not p.requires_grad:  # frozen
                 continue
@@ -1083,10 +1121,10 @@ class Muon(torch.optim.Optimizer):
                 kind = "muon", (len(p) // getattr(p, "maps", 1), p.size(1))
             else:
                 kind = "adamw", p.ndim >= 2
-            kinds.setdefault((*kind, getattr(p, "step", 1.0)), []).append(p)
+            kinds.setdefault((*kind, getattr(p, "lr_factor", 1.0)), []).append(p)
         groups = []
-        for (kind, detail, step), params in kinds.items():
-            highest = step * (run.matrix_lr if kind == "muon" else run.lr)
+        for (kind, detail, lr_factor), params in kinds.items():
+            highest = lr_factor * (run.matrix_lr if kind == "muon" else run.lr)
             decay = run.weight_decay if detail else 0.0  # biases and norms do not decay
             groups.append(dict(
                 params=params, kind=kind, shape=detail,
@@ -1094,12 +1132,22 @@ class Muon(torch.optim.Optimizer):
             ))
         super().__init__(groups, {})
 
+    def gradients(self) -> list[torch.Tensor]:
+        """Those of all weights; zeros where no loss reached one."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        for p in params:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        return [p.grad for p in params]
+
     @torch.no_grad()
     def step(self, closure=None):
+        """Change all weights by their gradients."""
+        self.gradients()
         for group in self.param_groups:
             (self.step_muon if group["kind"] == "muon" else self.step_adamw)(group)
 
     def step_muon(self, group, momentum: float = 0.95):
+        """p -= lr * orthogonalize(g + momentum ahead), for a stack of matrices (Jordan 2024)."""
         params, lr, (rows, cols) = group["params"], group["lr"], group["shape"]
         gradient = torch.cat([p.grad.view(-1, rows, cols) for p in params])  # (n, rows, cols)
         state = self.state[params[0]]  # of the whole stack
@@ -1108,14 +1156,15 @@ class Muon(torch.optim.Optimizer):
         average = state["momentum"].lerp_(gradient, 1 - momentum)
         ahead = gradient.lerp(average, momentum)
         directions = orthogonalize(ahead.to(self.dtype)).to(gradient.dtype)  # (n, rows, cols)
-        lr_of_shape = lr * max(1, rows / cols) ** 0.5
+        lr_of_shape = lr * max(1, rows / cols) ** 0.5  # tall ones take longer steps (Jordan 2024)
         for p, direction in zip(params, directions.split([len(p) // rows for p in params])):
             p.mul_(1 - lr * group["weight_decay"]).sub_(
                 direction.reshape(p.shape), alpha=lr_of_shape
             )
 
     def step_adamw(self, group, betas=(0.9, 0.95), eps: float = 1e-8):
-        """p -= lr * (mean of g) / (root of mean g^2), means of recent steps (Kingma & Ba 2015)."""
+        """p -= lr * (mean of g) / (root of mean g^2), means of recent steps (Kingma & Ba 2015), and
+        lr * weight_decay * p (Loshchilov & Hutter 2019)."""
         params, states = group["params"], [self.state[p] for p in group["params"]]
         for p, state in zip(params, states):
             if not state:
@@ -1123,7 +1172,7 @@ class Muon(torch.optim.Optimizer):
                     count=torch.zeros((), device=p.device),
                     mean=torch.zeros_like(p), square=torch.zeros_like(p),
                 )
-        adamw(  # fused: all in one kernel
+        adamw(  # fused: all in one kernel; the empty list is for AMSGrad's maxima
             params, [p.grad for p in params], [state["mean"] for state in states],
             [state["square"] for state in states], [], [state["count"] for state in states],
             fused=True, amsgrad=False, maximize=False, beta1=betas[0], beta2=betas[1],
@@ -1140,7 +1189,7 @@ def schedule(step: int, run: TrainConfig) -> float:
 
 
 def update(model, batch: dict, optimizer, scaler, autocast, run: TrainConfig) -> torch.Tensor:
-    """One optimizer step, computed in run.grad_accum parts, by all ranks. -> the loss per token."""
+    """One optimizer step, in run.grad_accum parts, by all ranks (processes) -> the mean loss."""
     from data import add_up, ranks
 
     model.train()
@@ -1149,20 +1198,16 @@ def update(model, batch: dict, optimizer, scaler, autocast, run: TrainConfig) ->
     size, device = math.ceil(rows / run.grad_accum), next(model.parameters()).device
     total = torch.zeros(2, device=device)  # loss, weight
     for i in mine[::size]:
-        rest = slice(i, min(i + size, mine.stop))
-        part = {name: tensor[rest].to(device) for name, tensor in batch.items()}
+        taken = slice(i, min(i + size, mine.stop))
+        part = {name: tensor[taken].to(device) for name, tensor in batch.items()}
         with autocast:
             loss, weight, _ = loss_sum(model, part)
-        scaler.scale(loss / rows).backward()
+        scaler.scale(loss / rows).backward()  # (/ rows: within the range of float16)
         total += torch.stack([loss.detach(), torch.as_tensor(weight, device=device)])
-    learning = [p for p in model.parameters() if p.requires_grad]
-    for p in learning:
-        if p.grad is None:  # of a head that nothing asked
-            p.grad = torch.zeros_like(p)
-    gradients = [p.grad for p in learning]
+    gradients = optimizer.gradients()
     add_up([*gradients, total])
     scaler.unscale_(optimizer)
-    # Only now is the whole batch's weight known: from the sum per row to the mean per token; clip.
+    # Only now is the weight of all parts known: undo / rows, divide by it, then clip.
     loss, weight = total
     factor = rows / weight
     if run.grad_clip:
@@ -1182,20 +1227,17 @@ def evaluate(model, batches, autocast) -> dict[str, float]:
     from data import from_all, ranks
 
     model.eval()
-    device, sums = next(model.parameters()).device, {}
+    device, sums = next(model.parameters()).device, {}  # name -> its two sums
     for batch in itertools.islice(batches, ranks()[0], None, ranks()[1]):  # each rank has its share
         with autocast:
             loss, weight, metrics = loss_sum(
                 model, {name: tensor.to(device) for name, tensor in batch.items()}
             )
         for name, (over, under) in {"val_loss": (loss, weight), **metrics}.items():
-            total = sums.setdefault(name, [0.0, 0.0])
-            total[0] += float(over)
-            total[1] += float(under)
+            sums[name] = sums.get(name, 0) + np.array([float(over), float(under)])
     found = from_all(sums)
-    totals = {name: [sum(column) for column in zip(*(sums[name] for sums in found if name in sums))]
-              for name in found[0]}
-    return {name: over / under for name, (over, under) in totals.items()}
+    totals = {name: sum(part[name] for part in found if name in part) for name in found[0]}
+    return {name: float(over / under) for name, (over, under) in totals.items()}
 
 
 def evaluate_task(task: Task, model, examples, autocast, size: int) -> tuple[dict, str]:
@@ -1219,7 +1261,7 @@ class Trainer:
     """
 
     unit = "loss per token"  # of the chart
-    task, worn_out, table = None, False, ""  # see FineTuner
+    task, stops_early, table = None, False, ""  # see FineTuner
 
     def __init__(
         self, run: TrainConfig, config: Config, objective: ObjectiveConfig,
@@ -1282,7 +1324,7 @@ class Trainer:
         with one_process(lock), interrupts() as pressed:
             self.begin()
             self.since = time.perf_counter()
-            while self.step < run.max_steps and not self.worn_out:
+            while self.step < run.max_steps and not self.stops_early:
                 try:
                     if any(from_all(bool(pressed))):
                         break
@@ -1293,7 +1335,7 @@ class Trainer:
                 self.step += 1
                 evaluating = self.step % run.eval_interval == 0 or self.step == run.max_steps
                 keeping = run.snapshot_interval and self.step % run.snapshot_interval == 0
-                if keeping or pressed:  # nothing is saved of a run that has come apart
+                if keeping or pressed:  # nothing is saved of a run that has diverged
                     self.check(float(self.pending[-1][0]), self.step)
                 if evaluating or self.step % run.log_interval == 0:
                     self.report()
@@ -1301,7 +1343,7 @@ class Trainer:
                     self.evaluate_and_save()
                 if keeping:
                     self.save(f"ckpt_{self.step:06d}.pt")
-            finished = self.step >= run.max_steps or self.worn_out
+            finished = self.step >= run.max_steps or self.stops_early
             if not finished:
                 self.save("ckpt.pt")
         return finished
@@ -1367,7 +1409,7 @@ class Trainer:
         )
 
     def report(self) -> None:
-        """Log the mean loss since the last report. Raises ValueError if the run has come apart."""
+        """Log the mean loss since the last report. Raises ValueError if the run has diverged."""
         run = self.run
         losses = torch.stack([loss for loss, _ in self.pending]).tolist()  # (waits for the device)
         seconds, self.since = time.perf_counter() - self.since, time.perf_counter()
@@ -1387,19 +1429,19 @@ class Trainer:
     def check(self, loss: float, step: int) -> None:
         """Raises ValueError for a loss that is no number any more."""
         if not math.isfinite(loss):
-            self.come_apart(f"the loss became {loss} at step {step}")
+            self.diverged(f"the loss became {loss} at step {step}")
 
     def check_progress(self, steps: int = 30) -> None:
         """Raises ValueError where all of the last steps were worse than a blind guess."""
-        guess = math.log(self.config.vocab_size) + 1  # (the 1 for first weights, and BERT's pairs)
+        guess = math.log(self.config.vocab_size) + 1  # + 1: for a poor start, and BERT's pairs
         recent = [row["loss"] for row in self.log.rows
                   if "loss" in row and row["step"] > self.step - steps]
         if self.step >= self.run.warmup_steps + steps and min(recent) > guess:
-            self.come_apart(
+            self.diverged(
                 f"the loss was {min(recent):.1f} or more from step {self.step - steps + 1} "
                 f"to {self.step} (a blind guess: {guess - 1:.1f})")
 
-    def come_apart(self, what: str):
+    def diverged(self, what: str):
         """Raises ValueError: what was seen, what is left, and what to try."""
         raise ValueError(
             f"{what}; the last good checkpoint is kept in {self.out_dir}. Try half the --lr and "
@@ -1408,9 +1450,11 @@ class Trainer:
 
     def begin(self) -> None:
         """Say what comes; write run.json, tokenizer.json and, for a new run, the first ckpt.pt."""
-        from data import RunLog, naming, ranks, replacing
+        from data import RunLog, naming, ranks, replacing, set_aside
 
         run, parts = self.run, [self.config, self.objective, self.run]
+        if run.init_from != "resume":
+            set_aside(self.out_dir)
         self.log = RunLog(self.out_dir, self.step if run.init_from == "resume" else None)
         if ranks()[0] > 0:
             return
@@ -1431,8 +1475,6 @@ class Trainer:
             self.log.say(f"resumed at step {self.step}")
         else:
             self.save("ckpt.pt")
-        if run.init_from != "resume":
-            (self.out_dir / "best.pt").unlink(missing_ok=True)  # of an earlier run
 
     def save(self, name: str, weights_only: bool = False) -> None:
         """Write a checkpoint: tensors and plain types only. The old one stays until it is whole."""
@@ -1501,7 +1543,7 @@ class FineTuner(Trainer):
         return found
 
     @property
-    def worn_out(self) -> bool:
+    def stops_early(self) -> bool:
         """Whether the last `patience` evaluations found no lower loss."""
         losses = [row["val_loss"] for row in self.log.rows if "val_loss" in row]
         patience = self.run.patience
@@ -1527,13 +1569,14 @@ class FineTuner(Trainer):
 
 
 def from_pretrained(name_or_folder) -> Model:
-    """A published model: by its name on the Hugging Face hub, or of a folder that holds it.
+    """A model that was trained here, by its run's folder or a checkpoint's path; or a published
+    one, by its name on the Hugging Face hub or of its folder. In evaluation mode, float32.
 
     Raises ValueError or OSError where it is none, or not of this file's architecture.
     """
-    from data import open_published
+    from data import open_weights
 
-    return open_published(sys.modules[__name__], name_or_folder)
+    return open_weights(sys.modules[__name__], name_or_folder)
 
 
 def save_pretrained(model, folder, labels=None) -> None:
@@ -1557,13 +1600,12 @@ def main(arguments: list[str] | None = None) -> int:
     """
     try:
         from data import run_command
-    except ModuleNotFoundError as error:
+    except ImportError as error:
         if error.name not in ("bpe", "data"):
             raise
-        print(
-            f"error: {error.name}.py is missing: put bpe.py and data.py beside {NAME}.py",
-            file=sys.stderr,
-        )
+        hidden = not isinstance(error, ModuleNotFoundError)
+        print(f"error: {error.name}.py is {'hidden by a namesake' if hidden else 'missing'}: put "
+              f"bpe.py and data.py beside {NAME}.py", file=sys.stderr)
         return 2
     return run_command(sys.modules[__name__], sys.argv[1:] if arguments is None else arguments)
 

@@ -1,17 +1,19 @@
-"""T5: an encoder that reads a text with gaps, and a decoder that writes what belongs into them.
+"""T5: an encoder that reads a text with gaps, and a decoder that writes what belongs in them.
 
 A GPT only continues, a BERT only understands. T5 does both, text in and text out, and every task
 can be said in that form. To learn from plain text, spans of it are cut out (15 % of the tokens,
 three at a time on average). A sentinel marks each gap, and the target is the gaps' contents:
 
     text      The old man sat by the sea and counted the waves .
-    source    The old <extra_id_0> the sea and counted <extra_id_1> . </s>
-    target    <extra_id_0> man sat by <extra_id_1> the waves </s>
+    source    The old <extra_id_0> the sea and counted <extra_id_1> </s>
+    decoder   <pad> <extra_id_0> man sat by <extra_id_1> the waves .     (the target, one behind)
+    target    <extra_id_0> man sat by <extra_id_1> the waves . </s>
 
 The encoder reads the source, every position all others, as in BERT. The decoder writes the target
 from left to right, as in GPT, and each of its blocks also looks at what the encoder made of the
-source (cross-attention). Nothing marks positions; instead, attention scores get a learned bias for
-how far apart two tokens are. Norms only scale, and no layer has a bias of its own.
+source (cross-attention). Nothing marks positions; instead, the scores of self-attention get a
+learned bias for how far apart two tokens are (those of cross-attention get none). Norms only scale,
+and no layer has a bias of its own.
 
     python t5.py                                    train on input.txt: 4 to 5 minutes on a laptop
     python t5.py generate --prompt "The cat sat on the <extra_id_0>."         fill the gaps
@@ -24,11 +26,12 @@ how far apart two tokens are. Norms only scale, and no layer has a bias of its o
     python t5.py --help                             every flag
 
 The lesson of this file is how source and target find each other: see `T5.init_attention`. It reads
-from top to bottom: 2 the configuration, 3 layers, 4 the model, 5 the objective, 6 generation,
-7 published weights, 8 fine-tuning, 9 training, 10 the command line. Copied alone into a project,
-this file still gives `from t5 import T5, T5Config`; to train, it needs bpe.py (the tokenizer) and
-data.py (files, downloads, the log) beside it. To learn, change things: `--mean_span 1` (is that
-easier?), `--corruption bernoulli`, `--n_decoder_layer 1`, `--act gated-gelu --tie false` (1.1).
+from top to bottom: 1 this page, 2 the configuration, 3 layers, 4 the model, 5 the objective,
+6 generation, 7 published weights, 8 fine-tuning, 9 training, 10 the command line. Copied alone into
+a project, this file still gives `from t5 import T5, T5Config`; its commands need bpe.py (the
+tokenizer) and data.py (files, downloads, the log) beside it. To learn, change things:
+`--mean_span 1` (is that easier?), `--corruption bernoulli`, `--n_decoder_layer 1`,
+`--act gated-gelu --tie false` (version 1.1); leave one half of `init_attention` out, then both.
 
 Papers: Raffel et al. 2020, https://arxiv.org/abs/1910.10683 (T5); Shazeer 2020,
 https://arxiv.org/abs/2002.05202 (gated feed-forwards); Vaswani et al. 2017,
@@ -50,9 +53,9 @@ import re
 import sys
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args, get_origin
 
 import numpy as np
 import torch
@@ -65,11 +68,20 @@ from torch.optim.adamw import adamw
 # --------------------------------------------------------------------------------------------------
 
 
+def check_choices(config) -> None:
+    """Raises ValueError where a field that has a list of values, a Literal, has none of these."""
+    for option in fields(config):
+        value, values = getattr(config, option.name), get_args(option.type)
+        if get_origin(option.type) is Literal and value not in values:
+            raise ValueError(f"{option.name} {value!r} is none of {', '.join(values)}")
+
+
 @dataclass
 class T5Config:
-    """The architecture. Defaults are those of the first T5; every other value is a variant.
+    """The architecture. Defaults are T5's, but for dropout (there 0.1); the rest is variants.
 
-    Version 1.1 is act="gated-gelu", tie=False. Raises ValueError for sizes that do not fit.
+    Version 1.1 is act="gated-gelu", tie=False. There is no block_size: a distance can be any, so a
+    text may have any length. Raises ValueError for sizes that do not fit.
     """
 
     vocab_size: int  # token types: special tokens + 256 bytes + merges
@@ -89,6 +101,7 @@ class T5Config:
     eos_id: int = 1  # the token that ends a text
 
     def __post_init__(self):
+        check_choices(self)
         if min(
             self.vocab_size, self.n_layer, self.decoder_layers, self.n_head, self.n_embd,
             self.ff_width,
@@ -116,20 +129,25 @@ class T5Config:
 
     @property
     def key_width(self) -> int:
+        """Width of a head's queries and keys."""
         return self.n_embd // self.n_head if self.head_dim is None else self.head_dim
 
     @property
     def ff_width(self) -> int:
+        """Width inside a feed-forward."""
         return 4 * self.n_embd if self.n_ff is None else self.n_ff
 
     @property
     def decoder_layers(self) -> int:
+        """Blocks of the decoder."""
         return self.n_layer if self.n_decoder_layer is None else self.n_decoder_layer
 
 
+Config, NAME = T5Config, "t5"  # so named, what the files have in common is the same text
+
 PRESETS = {  # T5's sizes have 60 M, 220 M and 770 M parameters, those of 1.1 77 M and 250 M
     "laptop": dict(vocab_size=1024, n_layer=2, n_decoder_layer=3, n_head=4, n_embd=128),
-    "t4": dict(vocab_size=8192, n_layer=6, n_head=8, n_embd=512),
+    "t4": dict(vocab_size=8192, n_layer=6, n_head=8, n_embd=512),  # for the GPU of that name
     "t5-small": dict(vocab_size=32128, n_layer=6, n_head=8, n_embd=512),
     "t5-base": dict(vocab_size=32128, n_layer=12, n_head=12, n_embd=768),
     "t5-large": dict(vocab_size=32128, n_layer=24, n_head=16, n_embd=1024),
@@ -142,7 +160,7 @@ PRESETS = {  # T5's sizes have 60 M, 220 M and 770 M parameters, those of 1.1 77
         act="gated-gelu", tie=False,
     ),
 }
-RECIPES = {  # training settings that go with a preset; the others start from laptop's
+RECIPES = {  # training settings that go with a preset (matrix_lr: Muon's, see 9); else laptop's
     "laptop": dict(
         block_size=128, max_steps=2250, batch_size=32, lr=0.005, matrix_lr=0.015, log_interval=50,
         eval_interval=750,
@@ -159,6 +177,8 @@ RECIPES = {  # training settings that go with a preset; the others start from la
 # --------------------------------------------------------------------------------------------------
 # 3. Layers, from the bottom up
 # --------------------------------------------------------------------------------------------------
+# Shapes: B texts of T tokens, S tokens that they look at; C = n_embd numbers for each token; nh
+# heads, each with hd numbers for a query or a key, and vd for a value; V = vocab_size.
 
 LONG = 1024  # number of keys from which the fused attention is faster on a CPU, too
 
@@ -166,26 +186,26 @@ LONG = 1024  # number of keys from which the fused attention is faster on a CPU,
 def attention(query, key, value, bias=None, causal=False, scale=None, dropout=0.0):
     """softmax(Q K^T * scale + bias) V: per query a weighted mean of the values (Vaswani, 3.2.1).
 
+    A query says what a position looks for, a key what one offers, a value what it passes on.
     query (B, nh, T, hd), key (B, nh, S, hd), value (B, nh, S, vd) -> (B, nh, T, vd). bias is added
     to the scores and broadcasts to (B, nh, T, S). causal: the last query sees all S keys, the one
-    before it S - 1, and so on. scale: 1 / sqrt(hd) unless given.
+    before it S - 1, and so on. scale: 1 / sqrt(hd) unless given, so that the scores of a wider head
+    are no larger.
 
-    The formula is the last three lines. For short sequences on a CPU it is two to three times as
-    fast as PyTorch's fused kernel; elsewhere (also for a single query) the fused one is faster.
+    The formula is the last three lines. For short sequences on a CPU, in bfloat16, it is two to
+    three times as fast as PyTorch's fused kernel; elsewhere (also for one query) that is faster.
     """
     T, S = query.size(-2), key.size(-2)
     scale = query.size(-1) ** -0.5 if scale is None else scale
     fused = query.device.type != "cpu" or S >= LONG or T == 1
-    if causal and (T != S or bias is not None or not fused):
-        future = torch.full(
-            (T, S), float("-inf"), dtype=query.dtype, device=query.device
-        ).triu(1 + S - T)
+    if causal and (T != S or bias is not None or not fused):  # the kernel's own is for T = S alone
+        future = query.new_full((T, S), -math.inf).triu(1 + S - T)  # a weight of 0
         bias, causal = future if bias is None else bias + future, False
     if fused:
         return F.scaled_dot_product_attention(query, key, value, bias, dropout, causal, scale=scale)
     scores = (query * scale) @ key.transpose(-2, -1)  # (B, nh, T, S)
     weights = F.softmax(scores if bias is None else scores + bias, dim=-1)
-    return F.dropout(weights, dropout) @ value  # (B, nh, T, vd)
+    return F.dropout(weights, dropout) @ value  # (B, nh, T, vd); (dropout is 0 outside training)
 
 
 class KVCache:
@@ -195,7 +215,7 @@ class KVCache:
         self.block_size, self.length = block_size, 0
 
     def append(self, key, value):
-        """key, value (B, nh, T, hd) of T new tokens -> those of all tokens so far."""
+        """key (B, nh, T, hd), value (B, nh, T, vd) of T new tokens -> those of all so far."""
         if self.length == 0:
             B, nh, _, hd = key.shape
             dtype = torch.float32 if key.device.type == "cpu" else key.dtype  # fastest for 1 query
@@ -207,12 +227,19 @@ class KVCache:
         return self.keys[:, :, :end], self.values[:, :, :end]
 
 
+def padding_bias(mask):
+    """mask (B, S) bool, True for a real token -> (B, 1, 1, S), to be added to scores: 0 or -inf."""
+    bias = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask.bool(), -math.inf)
+    return bias[:, None, None, :]
+
+
 def distance_buckets(distance, both_sides: bool, n_buckets: int, max_distance: int):
     """The kind of distance key - query, any shape, int64 -> 0 to n_buckets - 1 (Raffel, 2.1).
 
-    Half of the kinds are single distances 0, 1, 2, ...; the others are ranges that grow like powers
-    up to max_distance, and the last takes all beyond. With both_sides, half of all are for keys
-    that come after the query; otherwise these, never seen, are taken for distance 0.
+    A distance d below e is a kind by itself; beyond that it is e + (n - e) * log(d / e) /
+    log(max_distance / e), rounded down, at most n - 1: ranges that grow like powers. e = n / 2;
+    n = n_buckets, or with both_sides half of that for each side, keys after the query being the
+    second. Without, keys after the query, never seen, are taken for distance 0.
     """
     if both_sides:
         n_buckets //= 2
@@ -229,19 +256,18 @@ class Attention(nn.Module):
     """Multi-head attention (Vaswani, 3.2.2): states ask, and the same states (self-attention) or
     the encoder's (cross-attention) answer.
 
-    T5 does not divide scores by sqrt(hd). Its first weights for queries are as much smaller instead
-    (see `T5.init_attention`), and so has to be every step that changes them: with whole steps Muon
-    learns slower (16.0 % instead of 17.9 % of the span tokens right after 300 steps).
+    T5 does not divide scores by sqrt(hd). Instead its first weights for queries are smaller by that
+    factor (see `T5.init_attention`), and so has to be their learning rate.
     """
 
-    def __init__(self, config: T5Config):
+    def __init__(self, config: Config):
         super().__init__()
         self.n_head, self.dropout = config.n_head, config.dropout
         width = config.n_head * config.key_width
         self.query = nn.Linear(config.n_embd, width, bias=False)
-        self.query.weight.step = config.key_width**-0.5  # for Muon, below
+        self.query.weight.lr_factor = config.key_width**-0.5  # for Muon (9)
         self.kv = nn.Linear(config.n_embd, 2 * width, bias=False)  # two maps in one
-        self.kv.weight.maps = 2
+        self.kv.weight.maps = 2  # for Muon they are two
         self.proj = nn.Linear(width, config.n_embd, bias=False)
 
     def heads(self, x):
@@ -253,7 +279,8 @@ class Attention(nn.Module):
         return [self.heads(part) for part in self.kv(x).chunk(2, dim=-1)]
 
     def forward(self, x, key, value, bias=None, causal=False):
-        """x (B, T, C) asks; bias (1 or B, 1 or nh, 1 or T, S) is added to the scores."""
+        """x (B, T, C) asks key, value (B, nh, S, hd) -> (B, T, C). bias (1 or B, 1 or nh, 1 or T,
+        S) is added to the scores."""
         query = self.heads(self.query(x)).to(key.dtype)
         bias = None if bias is None else bias.to(key.dtype)
         mixed = attention(
@@ -266,7 +293,7 @@ class FeedForward(nn.Module):
     """Two linear layers and a non-linearity, the same everywhere: C -> n_ff -> C (Vaswani, 3.3).
     Gated (Shazeer 2020): what goes up is multiplied, number by number, with gelu(gate(x))."""
 
-    def __init__(self, config: T5Config):
+    def __init__(self, config: Config):
         super().__init__()
         self.act, self.dropout = config.act, config.dropout
         self.up = nn.Linear(config.n_embd, config.ff_width, bias=False)
@@ -275,6 +302,7 @@ class FeedForward(nn.Module):
         self.down = nn.Linear(config.ff_width, config.n_embd, bias=False)
 
     def forward(self, x):
+        """x (B, T, C) -> (B, T, C)."""
         inner = self.up(x)  # (B, T, n_ff)
         if self.act == "relu":
             inner = F.relu(inner, inplace=True)
@@ -288,7 +316,7 @@ class Block(nn.Module):
     """Attention, in a decoder cross-attention, and feed-forward, each added to the residual stream:
     x + sublayer(norm(x))."""
 
-    def __init__(self, config: T5Config, decoder: bool):
+    def __init__(self, config: Config, decoder: bool):
         super().__init__()
         self.decoder = decoder
         self.attn, self.attn_norm = Attention(config), make_norm(config)
@@ -297,8 +325,8 @@ class Block(nn.Module):
         self.mlp, self.mlp_norm = FeedForward(config), make_norm(config)
 
     def forward(self, x, bias, source=None, source_bias=None, cache: KVCache | None = None):
-        """x (B, T, C), bias (B or 1, nh, T, S) -> (B, T, C). A decoder's block also gets the keys
-        and values of the source, and the bias (B, 1, 1, S) that hides its padding."""
+        """x (B, T, C), bias (B or 1, nh, T, S) -> (B, T, C). A decoder's block also gets keys and
+        values of the source, (B, nh, S, hd), and the bias (B, 1, 1, S) that hides its padding."""
         h = self.attn_norm(x)
         key, value = self.attn.remember(h)
         if cache is not None:
@@ -315,7 +343,8 @@ def inverse_rms(x, eps: float):
 
 
 class Normalize(torch.autograd.Function):
-    """RMSNorm by hand for a CPU: x (..., C), scale (C,) -> y = r x * scale, r = inverse_rms(x).
+    """For speed alone: RMSNorm by hand for a CPU, x (..., C), scale (C,) -> r x * scale with
+    r = inverse_rms(x).
 
     With g the gradient times scale, dx = r (g - r x mean(g r x)). LayerNorm's has another term,
     r mean(g), which its fused kernel subtracts: adding it again is twice as fast as PyTorch's
@@ -341,8 +370,9 @@ class Normalize(torch.autograd.Function):
 
 
 class RMSNorm(nn.RMSNorm):
-    """A position's C numbers get a mean square of 1, then a learned scale (Zhang & Sennrich 2019,
-    https://arxiv.org/abs/1910.07467). No mean is subtracted, nothing is added."""
+    """x / sqrt(mean(x^2) + eps) * scale: a position's C numbers get a mean square of 1, then a
+    learned scale; no mean is subtracted, nothing is added (Zhang & Sennrich 2019,
+    https://arxiv.org/abs/1910.07467)."""
 
     def forward(self, x):
         if x.device.type != "cpu":
@@ -352,7 +382,7 @@ class RMSNorm(nn.RMSNorm):
         return x * inverse_rms(x, self.eps) * self.weight
 
 
-def make_norm(config: T5Config):
+def make_norm(config: Config):
     """The norm before each sublayer, and after the last block."""
     return RMSNorm(config.n_embd, eps=1e-6)
 
@@ -360,7 +390,7 @@ def make_norm(config: T5Config):
 class Stack(nn.Module):
     """The encoder or the decoder: blocks that share their biases of distances, and a last norm."""
 
-    def __init__(self, config: T5Config, n_layer: int, decoder: bool):
+    def __init__(self, config: Config, n_layer: int, decoder: bool):
         super().__init__()
         self.config, self.decoder = config, decoder
         self.distance_embedding = nn.Embedding(config.n_buckets, config.n_head)
@@ -378,7 +408,7 @@ class Stack(nn.Module):
         return self.distance_embedding(bucket).permute(2, 0, 1)[None]
 
     def forward(self, x, bias, sources=None, source_bias=None, caches=None):
-        """x (B, T, C) -> (B, T, C). sources, caches: one for each block."""
+        """x (B, T, C), bias (B or 1, nh, T, S) -> (B, T, C). sources, caches: one per block."""
         x = self.drop(x)
         for i, block in enumerate(self.blocks):
             x = block(
@@ -397,11 +427,11 @@ class T5(nn.Module):
     """An embedding of tokens for both sides, the encoder, the decoder, and a head that scores every
     token as the target's next one."""
 
-    def __init__(self, config: T5Config):
+    def __init__(self, config: Config):
         super().__init__()
         self.config = config
         self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
-        self.token_embedding.weight.step = 10.0  # for AdamW, below: see `init_weights`
+        self.token_embedding.weight.lr_factor = 10.0  # for AdamW (9): see `init_weights`
         self.encoder = Stack(config, config.n_layer, decoder=False)
         self.decoder = Stack(config, config.decoder_layers, decoder=True)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
@@ -415,9 +445,10 @@ class T5(nn.Module):
         """T5's normal distributions: embeddings with variance 1, matrices so that what goes in with
         variance 1 comes out with it; here with half of that std, which learns faster.
 
-        AdamW's steps do not depend on how large a number is. Where other models' embeddings begin
-        with 0.02 to 0.05, these take 20 times as many steps to change as much: that is why "T5 does
-        not converge with AdamW". So theirs are ten times as long (`step`).
+        AdamW's steps do not depend on how large a weight is, and these are 20 to 50 times as large
+        as other models' embeddings, so they change too slowly. The paper's Adafactor makes steps
+        in proportion (3.1.2); here the embeddings' learning rate is ten times as high. That is one
+        of two reasons why "T5 does not converge with AdamW"; the other: `init_attention`.
         """
         if isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight)
@@ -428,7 +459,7 @@ class T5(nn.Module):
     def init_attention(self):
         """Begin with a path from the text around a gap to the tokens that fill it.
 
-        What belongs into a gap shows in the tokens beside it. To get there from them takes two
+        What belongs in a gap shows in the tokens beside it. To get there from them takes two
         steps: in the encoder the sentinel has to look at its neighbours, and in the decoder the
         same sentinel has to look at the encoder's. Neither gains anything before the other is
         there. So for hundreds of steps the decoder learns which tokens are frequent, and little
@@ -436,7 +467,8 @@ class T5(nn.Module):
 
         Neighbours: in the encoder, the biases of distances begin high at -1, 1, -2, 2, ... tokens,
         one for each head. The same sentinel: in the decoder's first cross-attention, the map for
-        keys begins as the map for queries, so that like fits like; scores are about 7.
+        keys begins as the map for queries, so that like fits like. A score of 7 outweighs a
+        thousand of 0.
         """
         config = self.config
         for stack in self.encoder, self.decoder:
@@ -462,7 +494,8 @@ class T5(nn.Module):
         return self.encoder(self.token_embedding(src), bias)
 
     def remember(self, memory):
-        """The keys and values that the decoder's blocks have of the memory (B, S, C)."""
+        """The keys and values that the decoder's blocks have of the memory (B, S, C): for each
+        block two of (B, nh, S, hd)."""
         return [block.cross.remember(memory) for block in self.decoder.blocks]
 
     def decode(self, tokens, bias, sources, source_bias=None, caches=None):
@@ -475,9 +508,11 @@ class T5(nn.Module):
 
     def forward(self, src, tgt, src_mask=None, with_loss: bool = True):
         """src (B, S) int64, tgt (B, T) int64: the source, and the target with its </s> at the end
-        -> logits (B, T, V) for each of the target's tokens, given those before it; mean loss.
+        -> logits (B, T, V) for each of the target's tokens, given those before it; mean loss, None
+        with_loss=False (the training below computes its own, see `loss_sum`).
 
-        Where tgt is -100 nothing is asked. src_mask (B, S) bool: see `encode`.
+        Where tgt is -100 nothing is asked. src_mask (B, S) bool: see `encode`. The decoder reads
+        the true tokens, one behind, not what it would have written (teacher forcing).
         """
         before = F.pad(tgt, (1, 0), value=-100)[:, :-1]  # what stands before each token
         before = before.masked_fill(before < 0, self.config.pad_id)
@@ -491,18 +526,13 @@ class T5(nn.Module):
         return logits, F.cross_entropy(logits.flatten(0, 1), tgt.flatten(), ignore_index=-100)
 
 
-def padding_bias(mask):
-    """mask (B, S) bool, True for a real token -> (B, 1, 1, S), to be added to scores: 0 or -inf."""
-    return torch.zeros(mask.shape, device=mask.device).masked_fill(
-        ~mask, float("-inf"))[:, None, None, :]
-
-
-# Under these names the training below is the same text in every model file.
-Model, Config, NAME = T5, T5Config, "t5"
+Model = T5
 
 # --------------------------------------------------------------------------------------------------
 # 5. The objective: say what was cut out
 # --------------------------------------------------------------------------------------------------
+# A corpus (data.Corpus) has train and validation, arrays of token ids. `luck` is always random
+# numbers from [0, 1).
 
 SENTINELS = [f"<extra_id_{i}>" for i in range(100)]
 SPECIAL_TOKENS = ["<pad>", "</s>", *SENTINELS]
@@ -516,8 +546,8 @@ class ObjectiveConfig:
 
     block_size: int = 128  # tokens of a text before anything is cut out
     noise_density: float = 0.15  # share of the tokens that is cut out
-    corruption: Literal["spans", "bernoulli"] = "spans"  # bernoulli: each token by a throw of dice
-    mean_span: float = 3.0  # tokens in a span, on average (bernoulli: 1, and neighbours merge)
+    corruption: Literal["spans", "bernoulli"] = "spans"  # bernoulli: each token independently
+    mean_span: float = 3.0  # tokens in a span, on average (bernoulli: no effect, neighbours merge)
 
     def __post_init__(self):
         if self.block_size < 2:
@@ -535,8 +565,8 @@ class ObjectiveConfig:
 
 
 def noise_counts(length: int, objective: ObjectiveConfig) -> tuple[int, int]:
-    """(tokens to cut out, spans) of a text of `length` tokens, by the paper's rounding. With
-    independent tokens: the most likely numbers."""
+    """(tokens to cut out, spans) of a text of `length` tokens, by the rounding of the paper's code.
+    With independent tokens: the expected numbers."""
     noise = min(max(round(length * objective.noise_density), 1), length - 1)
     if objective.corruption == "bernoulli":
         return noise, max(round(noise * (1 - objective.noise_density)), 1)  # those that begin one
@@ -544,8 +574,9 @@ def noise_counts(length: int, objective: ObjectiveConfig) -> tuple[int, int]:
 
 
 def random_lengths(luck, parts: int):
-    """Cut n + 1 things into `parts` of at least one, every way as likely: at those places between
-    two of them that have the least luck, (rows, n) -> lengths (rows, parts) int64."""
+    """Cut n + 1 things into `parts` pieces of at least one, all ways equally likely. luck (rows, n)
+    has a random number for each place between two things; the parts - 1 least luck is where to cut
+    -> the pieces' lengths (rows, parts) int64."""
     cuts = luck.argsort(axis=1)[:, : parts - 1] + 1
     return np.diff(np.sort(cuts, axis=1), axis=1, prepend=0, append=luck.shape[1] + 1)
 
@@ -553,9 +584,9 @@ def random_lengths(luck, parts: int):
 def draw_noise(rows: int, length: int, objective: ObjectiveConfig, generator):
     """Which tokens are cut out: (rows, length) bool.
 
-    The paper's way (its code's `random_spans_noise_mask`): a fixed number of tokens in a fixed
-    number of spans, text and spans in turn, with text first. So all rows have the same lengths, and
-    nothing needs padding.
+    "spans" (Raffel, 3.3.4; its code's `random_spans_noise_mask`; "bernoulli" is 3.1.4): a fixed
+    number of tokens in a fixed number of spans, text and spans in turn, with text first. So all
+    rows have the same lengths, and nothing needs padding.
     """
     noise, spans = noise_counts(length, objective)
     if objective.corruption == "bernoulli":
@@ -576,7 +607,8 @@ def starts_of(noise):
 
 
 def pack(tokens, keep, eos_id: int, fill: int):
-    """Each row's kept tokens side by side, then eos_id, then `fill` up to the longest row."""
+    """tokens (rows, n) int64, keep (rows, n) bool -> each row's kept tokens side by side, eos_id,
+    and `fill` up to the longest row: (rows, longest + 1) int64."""
     lengths = keep.sum(axis=1)
     packed = np.full((len(keep), lengths.max() + 1), fill)
     packed[np.nonzero(keep)[0], (keep.cumsum(axis=1) - 1)[keep]] = tokens[keep]
@@ -672,32 +704,32 @@ def eval_batches(corpus, config: Config, objective: ObjectiveConfig, rows: int):
 
 
 class CrossEntropy(torch.autograd.Function):
-    """The sum of -log softmax(logits)[target] over logits (N, V), targets (N,); -100 for none.
+    """The sum of weight * -log softmax(logits)[target]: logits (N, V), targets (N,) int64, weights
+    (N,), 0 where nothing is asked -> a number.
 
-    Its gradient is softmax(logits) - onehot(target), so the probabilities are turned into it right
-    away and kept in the logits' own type. `F.cross_entropy` computes the same (a test compares
-    them), but passes over N x V float32 numbers three more times.
+    Its gradient is weight * (softmax(logits) - onehot(target)), so the probabilities are turned
+    into it right away and kept in the logits' own type. `F.cross_entropy` computes the same (a test
+    compares them), but passes over N x V float32 numbers three more times.
     """
 
     @staticmethod
-    def forward(ctx, logits, targets):
-        asked = (targets >= 0).unsqueeze(1)  # (N, 1)
-        target = targets.clamp(min=0).unsqueeze(1)  # (N, 1)
-        gradient = F.softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
-        likelihood = gradient.gather(1, target).clamp(min=torch.finfo(gradient.dtype).tiny)
-        gradient.scatter_add_(1, target, -torch.ones_like(likelihood))
-        if not asked.all():
-            gradient.mul_(asked)
-        ctx.save_for_backward(gradient.to(logits.dtype))
-        return -(likelihood.log() * asked).sum()
+    def forward(ctx, logits, targets, weights):
+        target, weight = targets.clamp(min=0).unsqueeze(1), weights.unsqueeze(1)  # (N, 1) each
+        p = F.softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+        chosen = p.gather(1, target).clamp(min=torch.finfo(p.dtype).tiny)  # log 0 would be -inf
+        p.scatter_add_(1, target, -torch.ones_like(chosen))  # from here on p - onehot
+        if not (weight == 1).all():
+            p.mul_(weight)
+        ctx.save_for_backward(p.to(logits.dtype))
+        return -(chosen.log() * weight).sum()
 
     @staticmethod
     def backward(ctx, scale):
-        return ctx.saved_tensors[0] * scale.to(ctx.saved_tensors[0].dtype), None
+        return ctx.saved_tensors[0] * scale.to(ctx.saved_tensors[0].dtype), None, None
 
 
-def loss_sum(model: T5, batch: dict):
-    """(sum of the target's losses, their weight: how many tokens it has, metrics).
+def loss_sum(model: Model, batch: dict):
+    """(sum of the target's losses, how many tokens it has, metrics).
 
     Sums, so that parts of a batch can be added up. A metric is a pair of sums, a numerator and a
     denominator: span_accuracy counts the tokens that were cut out, but no sentinels and no </s>.
@@ -705,7 +737,7 @@ def loss_sum(model: T5, batch: dict):
     logits, _ = model(batch["src"], batch["tgt"], batch.get("src_mask"), with_loss=False)
     logits = logits.flatten(0, 1)  # (B * T, V)
     target = batch["tgt"].flatten()
-    loss = CrossEntropy.apply(logits, target)
+    loss = CrossEntropy.apply(logits, target, target != -100)
     metrics = {}
     if "in_span" in batch:
         asked = batch["in_span"].flatten()
@@ -720,7 +752,7 @@ def count_tokens(batch: dict) -> int:
     return int(source + (batch["tgt"] != -100).sum())
 
 
-def count_flops(model: T5, batch: dict) -> float:
+def count_flops(model: Model, batch: dict) -> float:
     """Floating-point operations of a step: 2 forward and 4 backward for each weight of a matrix
     product and token that meets it, and as many for each number in attention's two products."""
     config, (B, S), T = model.config, batch["src"].shape, batch["tgt"].size(1)
@@ -736,7 +768,7 @@ def count_flops(model: T5, batch: dict) -> float:
 
 
 # --------------------------------------------------------------------------------------------------
-# 6. Generation: write what belongs into the gaps
+# 6. Generation: write what belongs in the gaps
 # --------------------------------------------------------------------------------------------------
 
 
@@ -764,8 +796,9 @@ def sample(logits, temperature: float = 1.0, top_k: int | None = None, top_p: fl
 
 @contextlib.contextmanager
 def fast_product(idx):
-    """Within it, a CPU multiplies the states of idx (B, T) in the faster of two ways. oneDNN,
-    PyTorch's bfloat16 library, rearranges the matrix first: triple the time for a single vector."""
+    """For speed alone: within it, a CPU multiplies the states of idx (B, T) in the faster of two
+    ways. oneDNN, PyTorch's kernels for a CPU, repacks a bfloat16 matrix first: for a single vector
+    that triples the time."""
     before = torch.backends.mkldnn.enabled
     torch.backends.mkldnn.enabled = before and idx.numel() > 1
     try:
@@ -778,12 +811,12 @@ class Writer:
     """The decoder, token by token. What stays is computed once: the keys and values that it has of
     the source, and those of the tokens that it wrote before."""
 
-    def __init__(self, model: T5, src, src_mask, length: int, copies: int = 1):
+    def __init__(self, model: Model, src, src_mask, length: int, copies: int = 1):
         """length: of the longest target. copies: how many targets to write for each source."""
         self.model = model
         memory = model.encode(src, src_mask).repeat_interleave(copies, dim=0)
         sources = model.remember(memory)
-        self.sources = [KVCache(src.size(1)).append(*pair) for pair in sources]
+        self.sources = [KVCache(src.size(1)).append(*pair) for pair in sources]  # (in their type)
         self.source_bias = None
         if src_mask is not None:
             self.source_bias = padding_bias(src_mask).repeat_interleave(copies, dim=0)
@@ -815,8 +848,12 @@ def generate(
 
     Each ends with </s>, unless it got too long, and is filled up with <pad>. temperature, top_k,
     top_p: see `sample`; temperature 0 takes the likeliest token every time. beams > 1: see
-    `beam_search`, which does without these three. src_mask (B, S) bool: see `T5.encode`.
+    `beam_search`, which does without these three. src_mask (B, S) bool: see `T5.encode`. Raises
+    ValueError for other shapes. The model is left in evaluation mode.
     """
+    if src.ndim != 2 or not src.numel() or max_new_tokens < 1:
+        raise ValueError(
+            f"src has to be (B, S), not {tuple(src.shape)}, and max_new_tokens at least 1")
     if beams > 1:
         return beam_search(model, src, max_new_tokens, beams, src_mask)
     model.eval()  # no dropout
@@ -835,11 +872,11 @@ def generate(
 def beam_search(model, src, max_new_tokens, beams, src_mask=None):
     """Of the targets found, those with the highest mean log-probability: src (B, S) -> (B, n).
 
-    At each step every beginning is continued by every token, and the likeliest `beams` that do not
-    end are kept. Taking the likeliest token each time (1 beam) may miss a target whose first token
-    is only the second likeliest. The mean over its tokens, </s> counted, decides between targets
-    that have ended: with the sum, shorter would always be better. A source is done when none of its
-    beginnings has a better mean than the worst of `beams` that have ended.
+    At each step every beginning (hypothesis) is continued by every token, and the likeliest `beams`
+    that do not end are kept. Taking the likeliest token each time (1 beam) may miss a target whose
+    first token is only the second likeliest. The mean over its tokens, </s> counted, decides
+    between targets that have ended: with the sum, shorter would always be better. A source is done
+    when none of its beginnings has a better mean than the worst of `beams` that have ended.
     """
     model.eval()
     B, pad_id, eos_id = len(src), model.config.pad_id, model.config.eos_id
@@ -851,27 +888,30 @@ def beam_search(model, src, max_new_tokens, beams, src_mask=None):
     done = src.new_zeros(B, dtype=torch.bool)
     column, first = src.new_full((B * beams,), pad_id), torch.arange(B, device=src.device) * beams
     for n in range(1, max_new_tokens + 1):
-        chance = F.log_softmax(writer.step(column).float(), dim=-1).view(B, beams, -1)
-        grown, index = (total[:, :, None] + chance).flatten(1).topk(2 * beams)  # (B, 2 * beams)
-        parent, token = index // chance.size(2), index % chance.size(2)
+        # Grow: of all beginnings with one token more, 2 * beams, of which at most `beams` end.
+        log_p = F.log_softmax(writer.step(column).float(), dim=-1).view(B, beams, -1)
+        grown, index = (total[:, :, None] + log_p).flatten(1).topk(2 * beams)  # (B, 2 * beams)
+        parent, token = index // log_p.size(2), index % log_p.size(2)
         longer = torch.take_along_dim(tokens, parent[:, :, None], dim=1)
         longer[:, :, n - 1] = token
+        # End: those that do are compared with those that did.
         ends = (token == eos_id) | (n == max_new_tokens)
         mean = (grown / n).masked_fill(~ends | done[:, None], -math.inf)
         mean[:, beams:] = -math.inf  # it ends only if it is among the likeliest
-        best, which = torch.cat((best, mean), dim=1).topk(beams)
-        ended = torch.take_along_dim(torch.cat((ended, longer), dim=1), which[:, :, None], dim=1)
-        total, which = grown.masked_fill(ends, -math.inf).topk(beams)
+        best, kept = torch.cat((best, mean), dim=1).topk(beams)
+        ended = torch.take_along_dim(torch.cat((ended, longer), dim=1), kept[:, :, None], dim=1)
+        # Go on with the likeliest of the others.
+        total, going = grown.masked_fill(ends, -math.inf).topk(beams)
         done |= total[:, 0] / n <= best[:, -1]
         if done.all():
             break
-        tokens = torch.take_along_dim(longer, which[:, :, None], dim=1)
+        tokens = torch.take_along_dim(longer, going[:, :, None], dim=1)
         column = tokens[:, :, n - 1].flatten()
-        writer.follow((first[:, None] + parent.gather(1, which)).flatten())
+        writer.follow((first[:, None] + parent.gather(1, going)).flatten())
     return ended[:, 0, :n]
 
 
-T5.generate = generate
+T5.generate = generate  # a method, written here beside `sample`
 
 
 @dataclass
@@ -932,7 +972,13 @@ def gap_contents(target: list[int], sentinels, eos_id: int) -> dict[int, list[in
     return contents
 
 
-def write_samples(model: T5, checkpoint: dict, options: GenerateConfig) -> None:
+def plain_text(target: list[int], tokenizer, config: Config) -> str:
+    """The text of a target, without </s> and <pad>."""
+    ends = config.pad_id, config.eos_id
+    return tokenizer.decode([token for token in target if token not in ends]).strip()
+
+
+def write_samples(model: Model, checkpoint: dict, options: GenerateConfig) -> None:
     """What `generate` prints on standard output: the prompt with its gaps filled, or to a prompt
     without gaps (for models that were trained to answer) the target as it stands; of a fine-tuned
     model, the target for the prompt, or for each source that is typed."""
@@ -947,15 +993,11 @@ def write_samples(model: T5, checkpoint: dict, options: GenerateConfig) -> None:
             options.beams,
         ).tolist()
 
-    def plain(target: list[int]) -> str:
-        ends = model.config.pad_id, model.config.eos_id
-        return tokenizer.decode([token for token in target if token not in ends]).strip()
-
     if checkpoint["task"]:
         task = build(Task, checkpoint["task"])
         for prompt in prompts(options.prompt):
             ids, _ = task.encode_source(prompt, tokenizer)
-            print("\n\n".join(map(plain, write(ids))))
+            print("\n\n".join(plain_text(x, tokenizer, model.config) for x in write(ids)))
         return
     ids = encode_prompt(options.prompt or "The cat sat on the <extra_id_0>.", tokenizer)
     sentinels, texts = set(sentinel_ids(tokenizer).tolist()), []
@@ -964,11 +1006,12 @@ def write_samples(model: T5, checkpoint: dict, options: GenerateConfig) -> None:
     for target in write(ids):
         contents = gap_contents(target, sentinels, model.config.eos_id)
         filled = sum((contents.get(token, [token]) for token in ids[:-1]), [])
-        texts.append(plain(target) if sentinels.isdisjoint(ids) else tokenizer.decode(filled))
+        texts.append(plain_text(target, tokenizer, model.config) if sentinels.isdisjoint(ids)
+                     else tokenizer.decode(filled))
     print("\n\n".join(texts))
 
 
-def demonstrate(model: T5, corpus, length: int) -> str:
+def demonstrate(model: Model, corpus, length: int) -> str:
     """A sample for the log: the beginning of the validation part with some spans cut out, and what
     the model writes there in brackets: [right], or [wrong/what stood there]."""
     tokenizer, config, sentinels = corpus.tokenizer, model.config, sentinel_ids(corpus.tokenizer)
@@ -992,7 +1035,7 @@ def demonstrate(model: T5, corpus, length: int) -> str:
     return text.decode("utf-8", "replace")
 
 
-def write_random(model: T5, rows: int, length: int):
+def write_random(model: Model, rows: int, length: int):
     """What `bench` times: targets of `length` tokens for `rows` sources of 116 random ones."""
     device = next(model.parameters()).device
     model.config.eos_id = -1  # none ends before
@@ -1015,7 +1058,7 @@ def published_name(name: str) -> str:
     return name
 
 
-def published_weights(model: T5) -> dict:
+def published_weights(model: Model) -> dict:
     """Published name -> our weight, in the published shape; key and value are apart there."""
     embedding = model.token_embedding.weight
     named = {
@@ -1047,7 +1090,7 @@ def published_weights(model: T5) -> dict:
     return named
 
 
-def to_published(config: T5Config) -> dict:
+def to_published(config: Config) -> dict:
     """Our settings as `config.json` has them. (What it says about tying means scaling, and the head
     itself is tied where the file has none: so `transformers` reads it.)"""
     return dict(
@@ -1063,7 +1106,7 @@ def to_published(config: T5Config) -> dict:
     )
 
 
-def from_published(found: dict, names: set[str]) -> T5Config:
+def from_published(found: dict, names: set[str]) -> Config:
     """What `config.json` says, and the names of the weights -> our settings.
 
     Whether the head is tied, the file tells: one with a head of its own is not, unless the settings
@@ -1073,7 +1116,7 @@ def from_published(found: dict, names: set[str]) -> T5Config:
     if act not in ("relu", "gated-gelu"):
         raise ValueError(f"feed_forward_proj {act} instead of relu or gated-gelu")
     said, newer = found.get("tie_word_embeddings", True), "scale_decoder_outputs" in found
-    return T5Config(
+    return Config(
         found["vocab_size"], found["num_layers"], found["num_heads"], found["d_model"],
         n_ff=found["d_ff"], head_dim=found["d_kv"], dropout=found.get("dropout_rate", 0.1), act=act,
         tie="lm_head.weight" not in names or (said and not newer),
@@ -1144,7 +1187,7 @@ class Task:
         return kept, len(kept) <= len(src)
 
     def collate(self, examples: list[dict], tokenizer, generator=None) -> dict:
-        """-> a batch: src (B, S), tgt (B, T), and where sources are padded src_mask (B, S)."""
+        """-> a batch: src (B, S), tgt (B, T) int64, where padded src_mask (B, S) bool."""
         from data import pad
 
         sources, targets = ([example[name] for example in examples] for name in ("src", "tgt"))
@@ -1161,18 +1204,15 @@ class Task:
         kept[-1] = True
         return np.array(source)[kept].tolist()
 
-    def write(self, model: T5, tokenizer, batch: dict, **options) -> list[str]:
+    def write(self, model: Model, tokenizer, batch: dict, **options) -> list[str]:
         """The targets that the model writes for the sources of a batch."""
-        device, ends = next(model.parameters()).device, (model.config.pad_id, model.config.eos_id)
+        device = next(model.parameters()).device
         mask = batch["src_mask"].to(device) if "src_mask" in batch else None
         targets = model.generate(
             batch["src"].to(device), self.target_length, src_mask=mask, **options)
-        return [
-            tokenizer.decode([token for token in target if token not in ends]).strip()
-            for target in targets.tolist()
-        ]
+        return [plain_text(target, tokenizer, model.config) for target in targets.tolist()]
 
-    def score(self, model: T5, examples, groups) -> tuple[dict, str]:
+    def score(self, model: Model, examples, groups) -> tuple[dict, str]:
         """exact_match, token_f1 and rouge_l of what the model writes, means over all examples; a
         table of these beside two answers that need no understanding."""
         written, truth = [], []
@@ -1190,23 +1230,24 @@ class Task:
             lines.append(f"{name:<34}{exact:>12.1%}{f1:>10.3f}{rouge:>10.3f}")
         return found, "\n".join(lines)
 
-    def prepare(self, model: T5, n: int) -> list[nn.Module]:
+    def prepare(self, model: Model, n: int) -> list[nn.Module]:
         """What --freeze n keeps as it is: the embeddings and the lowest n blocks of both stacks."""
         stacks = model.encoder, model.decoder
-        if n > max(len(stack.blocks) for stack in stacks):
-            raise ValueError(f"--freeze {n}: the model has {len(model.encoder.blocks)} layers")
+        depth = max(len(stack.blocks) for stack in stacks)
+        if n > depth:
+            raise ValueError(f"--freeze {n}: the model has {depth} layers")
         blocks = [block for stack in stacks for block in stack.blocks[:n]]
         embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
         return [*embeddings, *blocks] if n else []
 
-    def demonstrate(self, model: T5, examples, length: int) -> str:
+    def demonstrate(self, model: Model, examples, length: int) -> str:
         """Some held-out sources, what the model writes, and what was asked."""
         lines = []
         for i, row in enumerate(examples.rows[:3]):
             written = self.write(model, examples.tokenizer, examples.batch([i]))[0]
             text = " ".join(row["source"].split())
             text = text if len(text) < length else text[:length].rpartition(" ")[0] + " ..."
-            lines.append(f"{text}\n    -> {written}   (it is: {row['target']})")
+            lines.append(f"{text}\n    -> {written:.200}   (it is: {row['target']:.200})")
         return "\n".join(lines)
 
 
@@ -1215,7 +1256,7 @@ def words_of(text: str) -> list[str]:
     return re.findall(r"\w+", text.lower())
 
 
-def harmonic_mean(common: int, written: int, truth: int) -> float:
+def f1(common: int, written: int, truth: int) -> float:
     """F1 of `common` words out of so many written and so many true: 2 p r / (p + r)."""
     return 2 * common / (written + truth) if written + truth else 1.0
 
@@ -1223,7 +1264,7 @@ def harmonic_mean(common: int, written: int, truth: int) -> float:
 def token_f1(written: str, truth: str) -> float:
     """How far the words are the same, in any order (Rajpurkar et al. 2016, 6.1)."""
     ours, theirs = Counter(words_of(written)), Counter(words_of(truth))
-    return harmonic_mean((ours & theirs).total(), ours.total(), theirs.total())
+    return f1((ours & theirs).total(), ours.total(), theirs.total())
 
 
 def rouge_l(written: str, truth: str) -> float:
@@ -1237,7 +1278,7 @@ def rouge_l(written: str, truth: str) -> float:
         for j, other in enumerate(theirs):
             longest.append(
                 before[j] + 1 if word == other else max(before[j + 1], longest[j]))
-    return harmonic_mean(longest[-1], len(ours), len(theirs))
+    return f1(longest[-1], len(ours), len(theirs))
 
 
 def mean_scores(written: list[str], truth: list[str]) -> dict[str, float]:
@@ -1268,6 +1309,11 @@ OWN_COMMANDS = {}  # that the other two do not have
 # --------------------------------------------------------------------------------------------------
 # 9. Training: from here on the three model files are the same, letter by letter
 # --------------------------------------------------------------------------------------------------
+# To change something: the optimizer is `Muon`, made in Trainer.__init__; the learning rate's course
+# is `schedule`; a batch comes from `train_batch` (5); a metric is a line in `loss_sum` (5); the log
+# is written by Trainer.report and evaluate_and_save. To train on something else, replace methods of
+# Trainer, as FineTuner does. data.py is imported where it is used: the models can do without it.
+
 
 
 @dataclass
@@ -1304,6 +1350,7 @@ class TrainConfig(RunConfig):
     compile: bool = False  # torch.compile: pays on a GPU, in long runs
 
     def __post_init__(self):
+        check_choices(self)
         for name in ("max_steps", "batch_size", "grad_accum", "log_interval"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} has to be at least 1")
@@ -1316,7 +1363,8 @@ class TrainConfig(RunConfig):
 
     @property
     def rows(self) -> int:
-        return self.batch_size * self.grad_accum  # sequences per step
+        """How many sequences a step learns from."""
+        return self.batch_size * self.grad_accum
 
 
 @dataclass
@@ -1350,21 +1398,22 @@ def orthogonalize(matrices, steps: int = 5):
     """Newton-Schulz iteration: the nearest matrices whose singular values are all about 1.
 
     matrices (n, rows, cols), in the dtype that multiplies fastest. X <- aX + b(XX^T)X + c(XX^T)^2 X
-    moves each singular value s to as + bs^3 + cs^5, and these a, b, c bring all of (0, 1] near 1 in
-    five rounds (Jordan 2024, https://kellerjordan.github.io/posts/muon).
+    moves each singular value s to as + bs^3 + cs^5, and these a, b, c bring all from 0.003 to 1 to
+    0.7 to 1.2 in five rounds (Jordan 2024, https://kellerjordan.github.io/posts/muon).
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     wide = matrices.size(-2) <= matrices.size(-1)
     X = matrices if wide else matrices.mT
-    X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # now no singular value is above 1
     for _ in range(steps):
         A = X @ X.mT
-        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
+        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)  # aX + (bA + cAA)X
     return X if wide else X.mT
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon for inner matrices, AdamW for all else: one optimizer, so one overflow skips both.
+    """Muon for inner matrices, AdamW for all else: one optimizer, so that an overflow in float16
+    skips both.
 
     AdamW steps by a fixed size in each *number*; Muon, in each *direction* of a matrix: it takes
     the gradient's (Nesterov) momentum and makes all its singular values 1, so that rare directions
@@ -1373,7 +1422,7 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, model: nn.Module, run: TrainConfig, dtype: torch.dtype):
         self.dtype = dtype  # of the Newton-Schulz products
-        kinds = {}  # (kind, shape, size of its steps) -> parameters
+        kinds = {}  # (muon, shape) or (adamw, does it decay?), factor of the rate -> parameters
         for name, p in model.named_parameters():
             if not p.requires_grad:  # frozen
                 continue
@@ -1382,10 +1431,10 @@ class Muon(torch.optim.Optimizer):
                 kind = "muon", (len(p) // getattr(p, "maps", 1), p.size(1))
             else:
                 kind = "adamw", p.ndim >= 2
-            kinds.setdefault((*kind, getattr(p, "step", 1.0)), []).append(p)
+            kinds.setdefault((*kind, getattr(p, "lr_factor", 1.0)), []).append(p)
         groups = []
-        for (kind, detail, step), params in kinds.items():
-            highest = step * (run.matrix_lr if kind == "muon" else run.lr)
+        for (kind, detail, lr_factor), params in kinds.items():
+            highest = lr_factor * (run.matrix_lr if kind == "muon" else run.lr)
             decay = run.weight_decay if detail else 0.0  # biases and norms do not decay
             groups.append(dict(
                 params=params, kind=kind, shape=detail,
@@ -1393,12 +1442,22 @@ class Muon(torch.optim.Optimizer):
             ))
         super().__init__(groups, {})
 
+    def gradients(self) -> list[torch.Tensor]:
+        """Those of all weights; zeros where no loss reached one."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        for p in params:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        return [p.grad for p in params]
+
     @torch.no_grad()
     def step(self, closure=None):
+        """Change all weights by their gradients."""
+        self.gradients()
         for group in self.param_groups:
             (self.step_muon if group["kind"] == "muon" else self.step_adamw)(group)
 
     def step_muon(self, group, momentum: float = 0.95):
+        """p -= lr * orthogonalize(g + momentum ahead), for a stack of matrices (Jordan 2024)."""
         params, lr, (rows, cols) = group["params"], group["lr"], group["shape"]
         gradient = torch.cat([p.grad.view(-1, rows, cols) for p in params])  # (n, rows, cols)
         state = self.state[params[0]]  # of the whole stack
@@ -1407,14 +1466,15 @@ class Muon(torch.optim.Optimizer):
         average = state["momentum"].lerp_(gradient, 1 - momentum)
         ahead = gradient.lerp(average, momentum)
         directions = orthogonalize(ahead.to(self.dtype)).to(gradient.dtype)  # (n, rows, cols)
-        lr_of_shape = lr * max(1, rows / cols) ** 0.5
+        lr_of_shape = lr * max(1, rows / cols) ** 0.5  # tall ones take longer steps (Jordan 2024)
         for p, direction in zip(params, directions.split([len(p) // rows for p in params])):
             p.mul_(1 - lr * group["weight_decay"]).sub_(
                 direction.reshape(p.shape), alpha=lr_of_shape
             )
 
     def step_adamw(self, group, betas=(0.9, 0.95), eps: float = 1e-8):
-        """p -= lr * (mean of g) / (root of mean g^2), means of recent steps (Kingma & Ba 2015)."""
+        """p -= lr * (mean of g) / (root of mean g^2), means of recent steps (Kingma & Ba 2015), and
+        lr * weight_decay * p (Loshchilov & Hutter 2019)."""
         params, states = group["params"], [self.state[p] for p in group["params"]]
         for p, state in zip(params, states):
             if not state:
@@ -1422,7 +1482,7 @@ class Muon(torch.optim.Optimizer):
                     count=torch.zeros((), device=p.device),
                     mean=torch.zeros_like(p), square=torch.zeros_like(p),
                 )
-        adamw(  # fused: all in one kernel
+        adamw(  # fused: all in one kernel; the empty list is for AMSGrad's maxima
             params, [p.grad for p in params], [state["mean"] for state in states],
             [state["square"] for state in states], [], [state["count"] for state in states],
             fused=True, amsgrad=False, maximize=False, beta1=betas[0], beta2=betas[1],
@@ -1439,7 +1499,7 @@ def schedule(step: int, run: TrainConfig) -> float:
 
 
 def update(model, batch: dict, optimizer, scaler, autocast, run: TrainConfig) -> torch.Tensor:
-    """One optimizer step, computed in run.grad_accum parts, by all ranks. -> the loss per token."""
+    """One optimizer step, in run.grad_accum parts, by all ranks (processes) -> the mean loss."""
     from data import add_up, ranks
 
     model.train()
@@ -1448,20 +1508,16 @@ def update(model, batch: dict, optimizer, scaler, autocast, run: TrainConfig) ->
     size, device = math.ceil(rows / run.grad_accum), next(model.parameters()).device
     total = torch.zeros(2, device=device)  # loss, weight
     for i in mine[::size]:
-        rest = slice(i, min(i + size, mine.stop))
-        part = {name: tensor[rest].to(device) for name, tensor in batch.items()}
+        taken = slice(i, min(i + size, mine.stop))
+        part = {name: tensor[taken].to(device) for name, tensor in batch.items()}
         with autocast:
             loss, weight, _ = loss_sum(model, part)
-        scaler.scale(loss / rows).backward()
+        scaler.scale(loss / rows).backward()  # (/ rows: within the range of float16)
         total += torch.stack([loss.detach(), torch.as_tensor(weight, device=device)])
-    learning = [p for p in model.parameters() if p.requires_grad]
-    for p in learning:
-        if p.grad is None:  # of a head that nothing asked
-            p.grad = torch.zeros_like(p)
-    gradients = [p.grad for p in learning]
+    gradients = optimizer.gradients()
     add_up([*gradients, total])
     scaler.unscale_(optimizer)
-    # Only now is the whole batch's weight known: from the sum per row to the mean per token; clip.
+    # Only now is the weight of all parts known: undo / rows, divide by it, then clip.
     loss, weight = total
     factor = rows / weight
     if run.grad_clip:
@@ -1481,20 +1537,17 @@ def evaluate(model, batches, autocast) -> dict[str, float]:
     from data import from_all, ranks
 
     model.eval()
-    device, sums = next(model.parameters()).device, {}
+    device, sums = next(model.parameters()).device, {}  # name -> its two sums
     for batch in itertools.islice(batches, ranks()[0], None, ranks()[1]):  # each rank has its share
         with autocast:
             loss, weight, metrics = loss_sum(
                 model, {name: tensor.to(device) for name, tensor in batch.items()}
             )
         for name, (over, under) in {"val_loss": (loss, weight), **metrics}.items():
-            total = sums.setdefault(name, [0.0, 0.0])
-            total[0] += float(over)
-            total[1] += float(under)
+            sums[name] = sums.get(name, 0) + np.array([float(over), float(under)])
     found = from_all(sums)
-    totals = {name: [sum(column) for column in zip(*(sums[name] for sums in found if name in sums))]
-              for name in found[0]}
-    return {name: over / under for name, (over, under) in totals.items()}
+    totals = {name: sum(part[name] for part in found if name in part) for name in found[0]}
+    return {name: float(over / under) for name, (over, under) in totals.items()}
 
 
 def evaluate_task(task: Task, model, examples, autocast, size: int) -> tuple[dict, str]:
@@ -1518,7 +1571,7 @@ class Trainer:
     """
 
     unit = "loss per token"  # of the chart
-    task, worn_out, table = None, False, ""  # see FineTuner
+    task, stops_early, table = None, False, ""  # see FineTuner
 
     def __init__(
         self, run: TrainConfig, config: Config, objective: ObjectiveConfig,
@@ -1581,7 +1634,7 @@ class Trainer:
         with one_process(lock), interrupts() as pressed:
             self.begin()
             self.since = time.perf_counter()
-            while self.step < run.max_steps and not self.worn_out:
+            while self.step < run.max_steps and not self.stops_early:
                 try:
                     if any(from_all(bool(pressed))):
                         break
@@ -1592,7 +1645,7 @@ class Trainer:
                 self.step += 1
                 evaluating = self.step % run.eval_interval == 0 or self.step == run.max_steps
                 keeping = run.snapshot_interval and self.step % run.snapshot_interval == 0
-                if keeping or pressed:  # nothing is saved of a run that has come apart
+                if keeping or pressed:  # nothing is saved of a run that has diverged
                     self.check(float(self.pending[-1][0]), self.step)
                 if evaluating or self.step % run.log_interval == 0:
                     self.report()
@@ -1600,7 +1653,7 @@ class Trainer:
                     self.evaluate_and_save()
                 if keeping:
                     self.save(f"ckpt_{self.step:06d}.pt")
-            finished = self.step >= run.max_steps or self.worn_out
+            finished = self.step >= run.max_steps or self.stops_early
             if not finished:
                 self.save("ckpt.pt")
         return finished
@@ -1666,7 +1719,7 @@ class Trainer:
         )
 
     def report(self) -> None:
-        """Log the mean loss since the last report. Raises ValueError if the run has come apart."""
+        """Log the mean loss since the last report. Raises ValueError if the run has diverged."""
         run = self.run
         losses = torch.stack([loss for loss, _ in self.pending]).tolist()  # (waits for the device)
         seconds, self.since = time.perf_counter() - self.since, time.perf_counter()
@@ -1686,19 +1739,19 @@ class Trainer:
     def check(self, loss: float, step: int) -> None:
         """Raises ValueError for a loss that is no number any more."""
         if not math.isfinite(loss):
-            self.come_apart(f"the loss became {loss} at step {step}")
+            self.diverged(f"the loss became {loss} at step {step}")
 
     def check_progress(self, steps: int = 30) -> None:
         """Raises ValueError where all of the last steps were worse than a blind guess."""
-        guess = math.log(self.config.vocab_size) + 1  # (the 1 for first weights, and BERT's pairs)
+        guess = math.log(self.config.vocab_size) + 1  # + 1: for a poor start, and BERT's pairs
         recent = [row["loss"] for row in self.log.rows
                   if "loss" in row and row["step"] > self.step - steps]
         if self.step >= self.run.warmup_steps + steps and min(recent) > guess:
-            self.come_apart(
+            self.diverged(
                 f"the loss was {min(recent):.1f} or more from step {self.step - steps + 1} "
                 f"to {self.step} (a blind guess: {guess - 1:.1f})")
 
-    def come_apart(self, what: str):
+    def diverged(self, what: str):
         """Raises ValueError: what was seen, what is left, and what to try."""
         raise ValueError(
             f"{what}; the last good checkpoint is kept in {self.out_dir}. Try half the --lr and "
@@ -1707,9 +1760,11 @@ class Trainer:
 
     def begin(self) -> None:
         """Say what comes; write run.json, tokenizer.json and, for a new run, the first ckpt.pt."""
-        from data import RunLog, naming, ranks, replacing
+        from data import RunLog, naming, ranks, replacing, set_aside
 
         run, parts = self.run, [self.config, self.objective, self.run]
+        if run.init_from != "resume":
+            set_aside(self.out_dir)
         self.log = RunLog(self.out_dir, self.step if run.init_from == "resume" else None)
         if ranks()[0] > 0:
             return
@@ -1730,8 +1785,6 @@ class Trainer:
             self.log.say(f"resumed at step {self.step}")
         else:
             self.save("ckpt.pt")
-        if run.init_from != "resume":
-            (self.out_dir / "best.pt").unlink(missing_ok=True)  # of an earlier run
 
     def save(self, name: str, weights_only: bool = False) -> None:
         """Write a checkpoint: tensors and plain types only. The old one stays until it is whole."""
@@ -1800,7 +1853,7 @@ class FineTuner(Trainer):
         return found
 
     @property
-    def worn_out(self) -> bool:
+    def stops_early(self) -> bool:
         """Whether the last `patience` evaluations found no lower loss."""
         losses = [row["val_loss"] for row in self.log.rows if "val_loss" in row]
         patience = self.run.patience
@@ -1826,13 +1879,14 @@ class FineTuner(Trainer):
 
 
 def from_pretrained(name_or_folder) -> Model:
-    """A published model: by its name on the Hugging Face hub, or of a folder that holds it.
+    """A model that was trained here, by its run's folder or a checkpoint's path; or a published
+    one, by its name on the Hugging Face hub or of its folder. In evaluation mode, float32.
 
     Raises ValueError or OSError where it is none, or not of this file's architecture.
     """
-    from data import open_published
+    from data import open_weights
 
-    return open_published(sys.modules[__name__], name_or_folder)
+    return open_weights(sys.modules[__name__], name_or_folder)
 
 
 def save_pretrained(model, folder, labels=None) -> None:
@@ -1856,13 +1910,12 @@ def main(arguments: list[str] | None = None) -> int:
     """
     try:
         from data import run_command
-    except ModuleNotFoundError as error:
+    except ImportError as error:
         if error.name not in ("bpe", "data"):
             raise
-        print(
-            f"error: {error.name}.py is missing: put bpe.py and data.py beside {NAME}.py",
-            file=sys.stderr,
-        )
+        hidden = not isinstance(error, ModuleNotFoundError)
+        print(f"error: {error.name}.py is {'hidden by a namesake' if hidden else 'missing'}: put "
+              f"bpe.py and data.py beside {NAME}.py", file=sys.stderr)
         return 2
     return run_command(sys.modules[__name__], sys.argv[1:] if arguments is None else arguments)
 

@@ -20,6 +20,7 @@ import os
 import pickle
 import random
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -30,6 +31,7 @@ import tarfile
 import tempfile
 import threading
 import time
+import types
 import unicodedata
 import zipfile
 import xml.etree.ElementTree as ElementTree
@@ -1489,14 +1491,16 @@ def test_each_variant_learns_and_sees_no_future(variant):
     assert difference[:9].max() == 0 and difference[9] > 0
 
 
-@pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-12), (torch.bfloat16, 0.01)])
-def test_the_loss_and_its_gradient_are_those_of_torch(dtype, bound):
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-12), (torch.bfloat16, 0.02)])
+def test_the_loss_and_its_gradient_are_those_of_torch(dtype, bound, weighted):
     logits = torch.randn(40, 30, dtype=torch.float64) * 3
     targets = torch.randint(30, (40,))
     targets[::5] = -100
     ours, theirs = logits.clone().to(dtype).requires_grad_(), logits.clone().requires_grad_()
-    loss = gpt.CrossEntropy.apply(ours, targets)
-    expected = F.cross_entropy(theirs, targets, reduction="sum")
+    weights = torch.rand(40) * 3 if weighted else torch.ones(40)
+    loss = gpt.CrossEntropy.apply(ours, targets, weights * (targets != -100))
+    expected = (F.cross_entropy(theirs, targets, reduction="none") * weights).sum()
     (loss * 0.5).backward()
     (expected * 0.5).backward()
     assert abs(loss - expected) < bound * expected
@@ -3685,7 +3689,7 @@ def test_checkpoints_with_absurd_values(script):
     ] + dict(
         gpt=[(["config", "pos"], "up", "pos cannot be 'up'"),
              (["task"], dict(min_rating=None), "min_rating cannot be"),
-             (["config", "block_size"], 1 << 40, "too large for any memory")],
+             (["config", "block_size"], 1 << 40, "takes a table of over 1 GiB")],
         bert=[(["task"], dict(labels=["a"]), "its labels are not those of its head"),
               (["task"], dict(labels=[5]), "labels have to be texts")],
         t5=[(["config", "pad_id"], 1 << 40, "pad_id and eos_id have to be below vocab_size"),
@@ -3836,6 +3840,88 @@ def test_bench_ends_with_a_line_of_figures(script, capsys, monkeypatch):
     assert row["share"] == pytest.approx(row["gflops"] / row["matmul_gflops"])
 
 
+BESIDE_SIZES = dict(vocab_size=4096, n_layer=4, n_head=4, n_embd=256)
+
+
+def median_seconds(function, times: int = 5) -> float:
+    """The median time of a call, after three that warm up."""
+    seconds = []
+    for _ in range(times + 3):
+        start = time.perf_counter()
+        function()
+        seconds.append(time.perf_counter() - start)
+    return sorted(seconds[3:])[times // 2]
+
+
+def speeds_of_transformers(script, model, batch: dict) -> dict[str, float]:
+    """Tokens per second of a model of theirs, under the names that `bench` has for them."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    tokens = sum(batch[name].numel() for name in ("input_ids", "labels") if script is t5) or (
+        batch["input_ids"].numel())
+
+    def step(bfloat16: bool):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            loss = model(**batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def write(rows: int):
+        sampling = dict(do_sample=True, top_k=50) if script is gpt else dict(do_sample=False)
+        ids = torch.randint(3, 4096, (rows, 8 if script is gpt else 116))
+        model.generate(input_ids=ids, max_new_tokens=120, min_new_tokens=120, **sampling,
+                       pad_token_id=0)
+
+    model.train()
+    found = {"training, as it ships": tokens / median_seconds(lambda: step(False)),
+             "training, bfloat16 autocast": tokens / median_seconds(lambda: step(True))}
+    if script is not bert:
+        model.eval()
+        for name, rows in ("generation, 1 sequence", 1), ("generation, 32 sequences", 32):
+            found[name] = rows * 120 / median_seconds(lambda: write(rows), 3)
+    return found
+
+
+@pytest.mark.skipif("BESIDE" not in os.environ, reason="minutes: BESIDE=1 pytest -s -k beside")
+def test_speed_beside_transformers(script):
+    """Prints how many times as fast as `transformers` we train (AdamW on both sides) and generate:
+    the medians of three rounds in which the two take turns. Both have the same weights."""
+    transformers = pytest.importorskip("transformers")
+    length = {} if script is t5 else dict(block_size=128)
+    ours = script.Model(script.Config(**BESIDE_SIZES, **length)).eval()
+    ours.save_pretrained("model")
+    theirs = dict(gpt=transformers.GPT2LMHeadModel, bert=transformers.BertForPreTraining,
+                  t5=transformers.T5ForConditionalGeneration)[script.NAME].from_pretrained("model")
+    source, target = (101 + 9, 26) if script is t5 else (128, 128)
+    idx, labels = torch.randint(3, 4096, (16, source)), torch.randint(3, 4096, (16, target))
+    batch = dict(input_ids=idx, labels=labels)
+    if script is bert:
+        labels[torch.rand(16, 128) > 0.15] = -100
+        batch["next_sentence_label"] = torch.randint(2, (16,))
+    with torch.no_grad():
+        logits = ours(idx, labels)[0] if script is t5 else ours(idx)[0]
+        again = theirs.eval()(**batch)
+        again = again.prediction_logits if script is bert else again.logits
+    assert torch.allclose(logits, again, atol=1e-3)
+    flags = [f"--{name}={value}" for name, value in (BESIDE_SIZES | length).items()]
+    names = {"training": "tokens_per_second", "generation, 1": "generate_tokens_per_second",
+             "generation, 32": "generate_batch_tokens_per_second"}
+    ratios = collections.defaultdict(list)
+    for _ in range(3):
+        done = subprocess.run(
+            [sys.executable, script.__file__, "bench", "--optimizer=adamw", "--batch_size=16",
+             "--device=cpu", *flags], capture_output=True, text=True, check=True)
+        bench = json.loads(done.stdout.splitlines()[-1])
+        for name, speed in speeds_of_transformers(script, theirs, batch).items():
+            ratios[name].append(bench[names[name.removesuffix(" sequences").removesuffix(
+                " sequence").removesuffix(", as it ships").removesuffix(", bfloat16 autocast")]]
+                / speed)
+    print(f"\n{script.NAME}.py: {bench['tokens_per_second']:,.0f} tokens per second of training")
+    for name, values in ratios.items():
+        print(f"  {name:<28} {sorted(values)[1]:.2f} x")
+
+
 # --------------------------------------------------------------------------------------------------
 # The terminal
 # --------------------------------------------------------------------------------------------------
@@ -3957,30 +4043,52 @@ def test_imports_are_the_standard_library_and_three_packages():
             assert not top & ours, f"{path.name} must import alone"
 
 
+def test_functions_are_short_and_what_is_public_is_documented():
+    """A method that replaces one of its class's bases has its docstring there."""
+    for module in gpt, bert, t5, bpe, data:
+        for node in ast.walk(ast.parse(Path(module.__file__).read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 60, f"{module.__name__}.{node.name} is long"
+        things = [thing for name, thing in vars(module).items() if not name.startswith("_")
+                  and getattr(thing, "__module__", "") == module.__name__]
+        for thing in things:
+            if not isinstance(thing, (type, types.FunctionType)):
+                continue
+            assert thing.__doc__, f"{module.__name__}.{thing.__name__} is not documented"
+            for name, method in vars(thing).items() if isinstance(thing, type) else ():
+                bases = [base for base in thing.__mro__[1:] if hasattr(base, name)]
+                if isinstance(method, (types.FunctionType, property)) and not name.startswith("_"):
+                    assert method.__doc__ or bases, f"{thing.__name__}.{name} is not documented"
+
+
 MODEL_FILES = ("gpt.py", "bert.py", "t5.py")
 TWINS = {label: MODEL_FILES for label in ("LONG", "attention", "CrossEntropy")}
 TWINS |= {label: ("gpt.py", "bert.py") for label in ("sinusoids", "rotate")}
 TWINS |= {label: ("gpt.py", "t5.py") for label in ("KVCache", "sample", "fast_product")}
+TWINS["padding_bias"] = ("bert.py", "t5.py")
 # and all of the last rooms
+
+
+@functools.lru_cache(8)
+def twin_texts(name: str, source: str) -> dict[str, str]:
+    """label -> text of each twin in a model file, with the comments and decorators before it."""
+    lines = source.splitlines(keepends=True)
+    rooms = re.search(r"^# -+\n# 9\. Training.*?(?=^@)", source, re.MULTILINE | re.DOTALL)
+    texts = {"the heading of the training room": rooms[0]}
+    end = beyond = source[: rooms.end()].count("\n")
+    for node in ast.parse(source).body:
+        label = getattr(node, "name", "") or ast.unparse(getattr(node, "targets", [node])[0])
+        if node.lineno > beyond:
+            texts[label] = "".join(lines[end : node.end_lineno])
+            end = node.end_lineno
+        elif name in TWINS.get(label, ()):
+            texts[label] = "".join(lines[node.lineno - 1 : node.end_lineno])
+    return texts
 
 
 def drifted(sources: dict[str, str]) -> list[str]:
     """The twins that are not the same text in all of these files."""
-    texts = {}
-    for name, source in sources.items():
-        lines = source.splitlines(keepends=True)
-        texts[name] = {}
-        rooms = re.search(r"^# -+\n# 9\. Training.*?(?=^@)", source, re.MULTILINE | re.DOTALL)
-        texts[name]["the heading of the training room"] = rooms[0]
-        beyond = source[: rooms.end()].count("\n")
-        end = beyond
-        for node in ast.parse(source).body:
-            label = getattr(node, "name", "") or ast.unparse(getattr(node, "targets", [node])[0])
-            if node.lineno > beyond:  # with the comments and decorators before it
-                texts[name][label] = "".join(lines[end : node.end_lineno])
-                end = node.end_lineno
-            elif name in TWINS.get(label, ()):
-                texts[name][label] = "".join(lines[node.lineno - 1 : node.end_lineno])
+    texts = {name: twin_texts(name, source) for name, source in sources.items()}
     every = {label: None for found in texts.values() for label in found}
     return [
         label for label in every
@@ -3998,7 +4106,8 @@ def test_a_change_in_one_copy_is_a_drift():
     sources = {name: (ROOT / name).read_text(encoding="utf-8") for name in MODEL_FILES}
     for name, source in sources.items():
         begin = source.index("# 9. Training")
-        places = {label: re.search(rf"^(def |class )?{label}\b", source, re.MULTILINE).end()
+        starts = r"^(?:(?:def|class) {0}\b|{0} = )"
+        places = {label: re.search(starts.format(label), source, re.MULTILINE).end()
                   for label in (*TWINS, "update", "Muon") if name in TWINS.get(label, MODEL_FILES)}
         places |= {f"a draw from the last rooms {i}": at for i, at in enumerate(
             random.Random(0).sample(range(begin, len(source.rstrip())), 5))
@@ -4013,16 +4122,106 @@ def test_a_change_in_one_copy_is_a_drift():
     assert drifted(sources | {"bert.py": shared}) == ["Muon"]
 
 
-def test_the_readme_s_commands_are_there():
-    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"),
-                        re.DOTALL)
-    commands = [line for block in blocks for line in block.splitlines()
-                if re.match(r"python (gpt|bert|t5)\.py", line)]
-    assert {line.split()[1] for line in commands} == set(MODEL_FILES)
-    for line in commands:
-        _, file, name, *_ = [*line.partition("#")[0].split(), "train"]
-        name = name if not name.startswith("-") else "train"
-        script = {"gpt.py": gpt, "bert.py": bert, "t5.py": t5}[file]
-        known = {field for cls in data.commands_of(script)[name][1] for field in cls.__dataclass_fields__}
-        known |= {"preset", "config", "help"}
-        assert set(re.findall(r"--(\w+)", line)) <= known, line
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+NOT_RUN = re.compile(r"\((\w+, )?(network|GPU|untried)\)")  # behind a command that takes one
+
+
+def blocks(kind: str) -> list[str]:
+    """The README's blocks of a kind: "sh", "python"."""
+    return re.findall(rf"^```{kind}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+
+
+def in_small(script, words: list[str]) -> list[str]:
+    """The arguments of a command of the README with a model and steps that take no time: its own
+    flags win, but for --max_steps."""
+    name = "train" if not words or words[0].startswith("-") else words[0]
+    own = words if words[:1] != [name] else words[1:]
+    sizes = ("--n_layer 1 --n_head 2 --n_embd 16 --vocab_size 400 --batch_size 4 --eval_interval 2 "
+             "--block_size 16")
+    small = dict(train=sizes, generate="" if script is bert else "--max_new_tokens 9")
+    before = "" if "resume" in own else small.get(name, "")
+    after = f"--max_steps {2 + own.count('resume')}" if name in ("train", "finetune") else ""
+    return [name, *before.split(), *own, *after.split()]
+
+
+@pytest.fixture
+def what_the_readme_names(stories):
+    """All files that the README's commands and examples name, in small, in the working folder."""
+    text = Path(stories).read_text(encoding="utf-8")
+    Path("my_folder").mkdir()
+    for name in "input.txt", "my.txt", "my_folder/a.txt":
+        Path(name).write_text(text, encoding="utf-8")
+    Path("my.jsonl").write_text(
+        "".join(json.dumps({"text": story}) + "\n" for story in text.split(END)))
+    rows = [("The sea", "yes"), ("A hill", "no")] * 9
+    for name, header in ("pairs", "prompt,response,rating"), ("texts", "text,label,stars"):
+        Path(f"{name}.csv").write_text(
+            "\n".join([header, *(f"{left},{right},4" for left, right in rows)]))
+    Path("pairs.jsonl").write_text(
+        "".join(json.dumps(dict(source=left, target=right)) + "\n" for left, right in rows))
+
+
+def test_the_readme_s_commands_run(what_the_readme_names, capsys):
+    """In the order of the page, with small models and few steps. Those that take a network or a GPU
+    are only parsed, and so are `bench` and `ladder`, which have tests of their own; `torchrun` and
+    the first command are run by .ci/run."""
+    run = []
+    for line in itertools.chain.from_iterable(map(str.splitlines, blocks("sh"))):
+        match = re.match(r"python (gpt|bert|t5)\.py *(.*)", line)
+        if not match:
+            assert re.match("torchrun |pip |pytest |(BESIDE|KILLS|CORPUS_MB)=", line), line
+            continue
+        script = dict(gpt=gpt, bert=bert, t5=t5)[match[1]]
+        words = shlex.split(match[2], comments=True)
+        if "--help" in words:
+            continue
+        if NOT_RUN.search(line) or words[:1] in (["bench"], ["ladder"]):
+            data.parse_command(script, words)
+            continue
+        command(script, *in_small(script, words))
+        run.append(script.NAME)
+        capsys.readouterr()
+    assert all(run.count(name) > 6 for name in ("gpt", "bert", "t5"))
+
+
+def test_the_readme_s_examples_run(what_the_readme_names, monkeypatch):
+    examples = blocks("python")
+    assert len(examples) > 3
+    for example in examples:
+        code = compile(example.replace("range(500)", "range(2)"), "README.md", "exec")
+        exec(code, {})
+
+
+@functools.cache
+def definitions(file: str) -> dict[str, int]:
+    """Dotted name -> line of each class, function and global variable of a file."""
+    found = {}
+
+    def note(body, prefix):
+        for node in body:
+            name = getattr(node, "name", "") or ast.unparse(getattr(node, "targets", [node])[0])
+            found.setdefault(prefix + name, node.lineno)
+            note(node.body if isinstance(node, ast.ClassDef) else [], f"{name}.")
+
+    note(ast.parse((ROOT / file).read_text(encoding="utf-8")).body, "")
+    return found
+
+
+def with_right_links(page: str) -> str:
+    """The README with each [`name`](file.py#L1) leading to the line where the name is defined."""
+    def link(match):
+        return f"[`{match[1]}`]({match[2]}#L{definitions(match[2])[match[1]]})"
+
+    return re.sub(r"\[`([\w.]+)`\]\((\w+\.py)#L\d+\)", link, page)
+
+
+def test_the_readme_s_links_lead_to_their_names():
+    assert README.count(".py#L") > 30
+    assert README == with_right_links(README), "python test_all.py puts them right"
+    titles = re.findall(r"^## (.*)$", README, re.MULTILINE)
+    anchors = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+    assert set(re.findall(r"\]\(#(.*?)\)", README)) <= anchors
+
+
+if __name__ == "__main__":
+    (ROOT / "README.md").write_text(with_right_links(README), encoding="utf-8")
