@@ -1356,6 +1356,67 @@ def test_the_token_is_shown_to_the_hub_alone(hub, server, monkeypatch):
     assert Server.tokens == {("127.0.0.1", "Bearer secret"), ("localhost", None)}
 
 
+def test_what_was_trained_here_opens_in_python(script, stories):
+    """from_pretrained takes a run's folder and a checkpoint, of any variant."""
+    more = [] if script is t5 else ["--pos", "rotary"]
+    command(script, "--data", stories, "--out_dir", "run", "--max_steps", 2, *SMALL, *more)
+    expected = torch.load("run/best.pt", weights_only=True)["model"]
+    for path in "run", "run/best.pt":
+        model = script.Model.from_pretrained(path)
+        assert not model.training
+        assert all(value.equal(expected[name]) for name, value in model.state_dict().items())
+
+
+def test_a_run_from_scratch_sets_the_earlier_one_aside(stories, capsys, script=gpt):
+    common = ["--data", stories, "--out_dir", "run", *SMALL, "--max_steps"]
+    command(script, *common, 4)
+    before = {path.name: path.read_bytes() for path in Path("run").iterdir()}
+    capsys.readouterr()
+    command(script, *common, 2, "--seed", 1)
+    assert "the run that run held is in run/before now" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in Path("run/before").iterdir()} == before
+    assert torch.load("run/ckpt.pt", weights_only=True)["step"] == 2
+    command(script, "--init_from", "resume", "--out_dir", "run/before", "--max_steps", 6)
+    assert "holds the model to start from" in mistake(script, capsys, "--init_from", "run", *common, 4)
+    assert "nothing is left to do" not in capsys.readouterr().err
+    command(script, "--init_from", "resume", "--out_dir", "run", "--max_steps", 2)
+    assert "nothing is left to do: run is at step 2 already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("field, value", [("pos", "rope"), ("norm", "prenorm"), ("act", "GELU")])
+def test_a_choice_that_there_is_not(script, field, value):
+    if field not in script.Config.__dataclass_fields__:
+        pytest.skip(f"{script.NAME} has no {field}")
+    sizes = dict(vocab_size=20, **SIZES) | ({} if script is t5 else dict(block_size=8))
+    with pytest.raises(ValueError, match=f"{field} '{value}' is none of "):
+        script.Config(**sizes, **{field: value})
+
+
+def test_shapes_that_generation_cannot_take():
+    model = gpt.GPT(gpt.GPTConfig(**TINY))
+    for idx in torch.zeros(3), torch.zeros(1, 0):
+        with pytest.raises(ValueError, match="idx has to be"):
+            model.generate(idx.long(), 2)
+    with pytest.raises(ValueError, match="set n_labels"):
+        bert.BERT(bert.BERTConfig(vocab_size=20, block_size=8, **SIZES)).classify(idx)
+
+
+def test_slips_of_the_hand(stories, capsys):
+    """A flag with hyphens, a command misspelt, a file without --data, a folder that is not there."""
+    Path("texts.csv").write_text("text,label")
+    Path("out").mkdir()
+    for arguments, hint in (
+        (["--n-layer", "3"], "no flag --n-layer; did you mean --n_layer?"),
+        (["generat"], "did you mean generate?"),
+        (["texts.csv"], "did you mean --data texts.csv?"),
+        (["train", "texts.csv"], "did you mean --data texts.csv?"),
+        (["generate", "--init_from", "out/mien"], "out has nothing of that name"),
+        (["generate", "--init_from", "out"], "out holds no run (ckpt.pt) and no published model"),
+        (["--out_dir", "texts.csv", "--data", stories, *SMALL], "texts.csv is a file: name a folder"),
+    ):
+        assert hint in mistake(gpt, capsys, *arguments), arguments
+
+
 def test_models_that_cannot_be_had(hub, own_cache):
     page = b"\n<!doctype HTML><html>Please log in</html>"
     index = b'{"weight_map": {"w": "../../../x.safetensors"}}'
@@ -3454,6 +3515,8 @@ def test_an_exported_classifier_is_opened_by_transformers_and_by_us(stories, cap
     _, trained = data.open_model(bert, "a")
     for ours in trained, bert.BERT.from_pretrained("folder"):
         assert (ours.eval().classify(idx, mask=mask) - expected).abs().max() < 1e-5
+    command(bert, "generate", "--init_from", "folder", "--prompt", "The sea")
+    assert sorted(line.split()[0] for line in capsys.readouterr().out.splitlines()) == ["cat", "dog"]
     # Pretraining can go on from there: the head that nothing asks stays as it is.
     command(bert, "--init_from", "a", "--data", stories, "--max_steps", 1, "--out_dir", "more")
     heads = [weights_of(f"{folder}/best.pt")["model.label_head.weight"] for folder in ("a", "more")]
@@ -3783,33 +3846,44 @@ def test_a_full_disk_leaves_the_old_checkpoint(stories, capsys, script=gpt):
     command(script, "--init_from", "resume", "--out_dir", "run", "--max_steps", 6)
 
 
-@pytest.mark.parametrize("name, code", [
-    ("gpt", "from gpt import GPT, GPTConfig; model = GPT(GPTConfig(50, 16, 2, 2, 16));"
-            "loss = model(idx, idx)[1]; shape = model.generate(idx, 20).shape"),
-    ("bert", "from bert import BERT, BERTConfig; model = BERT(BERTConfig(50, 16, 2, 2, 16));"
-             "loss = model.loss(idx, None, None, idx); shape = model(idx)[0].shape"),
-    ("t5", "from t5 import T5, T5Config; model = T5(T5Config(50, 2, 2, 16));"
-           "loss = model(idx, idx)[1]; shape = model.generate(idx, 1).shape"),
-], ids=["gpt", "bert", "t5"])
-def test_the_file_alone(name, code, own_cache):
-    """Alone in an empty folder it gives the model; training says which files are missing."""
-    folder = own_cache / "alone"
-    folder.mkdir()
-    source = (ROOT / f"{name}.py").read_text(encoding="utf-8")
-    (folder / f"{name}.py").write_text(source, encoding="utf-8")
-    code = (f"import torch; idx = torch.randint(50, (2, 9)); {code};"
-            "loss.backward(); print(tuple(shape))")
+ALONE = """
+import os, sys, torch
+idx = torch.randint(50, (2, 9))
+os.chdir("gpt"); sys.path[0] = ""
+from gpt import GPT, GPTConfig
+model = GPT(GPTConfig(50, 16, 2, 2, 16))
+model(idx, idx)[1].backward(); print(tuple(model.generate(idx, 20).shape))
+os.chdir("../bert")
+from bert import BERT, BERTConfig
+model = BERT(BERTConfig(50, 16, 2, 2, 16))
+model.loss(idx, None, None, idx).backward(); print(tuple(model(idx)[0].shape))
+os.chdir("../t5")
+from t5 import T5, T5Config
+model = T5(T5Config(50, 2, 2, 16))
+model(idx, idx)[1].backward(); print(tuple(model.generate(idx, 1).shape))
+"""
+
+
+def test_a_file_alone(own_cache):
+    """Alone in a folder each gives its model; training says which files are missing or hidden."""
+    for script in gpt, bert, t5:
+        Path(script.NAME).mkdir()
+        shutil.copy(script.__file__, script.NAME)
     environment = {**os.environ, "PYTHONPATH": ""}
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder,
-                          capture_output=True, text=True, env=environment)
-    assert done.stdout == {
-        "gpt": "(2, 29)\n", "bert": "(2, 9, 50)\n", "t5": "(2, 1)\n"}[name], done.stderr
-    if name != "gpt":  # (twins)
-        return
-    done = subprocess.run([sys.executable, f"{name}.py"], cwd=folder,
-                          capture_output=True, text=True, env=environment)
+
+    def run(*arguments, **options):
+        return subprocess.run([sys.executable, *arguments], capture_output=True, text=True,
+                              env=environment, **options)
+
+    done = run("-c", ALONE)
+    assert done.stdout == "(2, 29)\n(2, 9, 50)\n(2, 1)\n", done.stderr
+    done = run("gpt.py", cwd="gpt")
     assert (done.returncode == 2
-            and re.fullmatch(r"error: \w+\.py is missing: put .*\n", done.stderr))
+            and re.fullmatch(r"error: (bpe|data)\.py is missing: put .*\n", done.stderr))
+    Path("gpt/data").mkdir()  # a folder that many projects have
+    done = run("gpt.py", cwd="gpt")
+    assert (done.returncode == 2
+            and re.fullmatch(r"error: data\.py is hidden .*: put .*\n", done.stderr))
 
 
 def test_help_shows_every_flag_with_a_sentence_and_its_default(script, capsys):
@@ -4169,7 +4243,7 @@ def test_the_readme_s_commands_run(what_the_readme_names, capsys):
     for line in itertools.chain.from_iterable(map(str.splitlines, blocks("sh"))):
         match = re.match(r"python (gpt|bert|t5)\.py *(.*)", line)
         if not match:
-            assert re.match("torchrun |pip |pytest |(BESIDE|KILLS|CORPUS_MB)=", line), line
+            assert re.match("torchrun |pip |pytest |diff |(BESIDE|KILLS|CORPUS_MB)=", line), line
             continue
         script = dict(gpt=gpt, bert=bert, t5=t5)[match[1]]
         words = shlex.split(match[2], comments=True)
@@ -4184,9 +4258,10 @@ def test_the_readme_s_commands_run(what_the_readme_names, capsys):
     assert all(run.count(name) > 6 for name in ("gpt", "bert", "t5"))
 
 
-def test_the_readme_s_examples_run(what_the_readme_names, monkeypatch):
+def test_the_readme_s_examples_run(what_the_readme_names):
+    command(gpt, *in_small(gpt, []))
     examples = blocks("python")
-    assert len(examples) > 3
+    assert len(examples) > 4
     for example in examples:
         code = compile(example.replace("range(500)", "range(2)"), "README.md", "exec")
         exec(code, {})
