@@ -66,6 +66,14 @@ from torch.optim.adamw import adamw
 # --------------------------------------------------------------------------------------------------
 
 
+def at_least(config, least: int, *names: str) -> None:
+    """Raises ValueError where one of these fields is smaller (None is the default's sign)."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not value >= least:
+            raise ValueError(f"{name} has to be at least {least}, not {value}")
+
+
 def check_choices(config) -> None:
     """Raises ValueError where a field that has a list of values, a Literal, has none of these."""
     for option in fields(config):
@@ -96,14 +104,9 @@ class BERTConfig:
 
     def __post_init__(self):
         check_choices(self)
-        if min(
-            self.vocab_size, self.n_layer, self.n_head, self.n_embd, self.n_segments, self.ff_width
-        ) < 1:
-            raise ValueError(
-                "vocab_size, n_layer, n_head, n_embd, n_ff and n_segments have to be at least 1"
-            )
-        if self.block_size < 8:
-            raise ValueError(f"block_size {self.block_size} has no room for a pair: at least 8")
+        at_least(self, 1, "vocab_size", "n_layer", "n_head", "n_embd", "n_ff", "n_segments")
+        at_least(self, 8, "block_size")  # for a pair
+        at_least(self, 0, "n_labels")
         if self.n_embd % self.n_head:
             raise ValueError(
                 f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}: "
@@ -116,8 +119,6 @@ class BERTConfig:
             )
         if self.nsp and self.n_segments < 2:
             raise ValueError("next-sentence prediction takes n_segments 2, or set --nsp false")
-        if self.n_labels < 0:
-            raise ValueError("n_labels cannot be negative")
         if self.block_size * max(self.n_embd, self.n_head * self.key_width) > 1 << 28:
             raise ValueError(f"block_size {self.block_size} takes a table of over 1 GiB")
         if not 0 <= self.dropout < 1:
@@ -733,8 +734,7 @@ class GenerateConfig:
     top_k: int = 5  # how many candidates, or labels, to show
 
     def __post_init__(self):
-        if self.top_k < 1:
-            raise ValueError("top_k has to be at least 1")
+        at_least(self, 1, "top_k")
 
 
 @torch.no_grad()
@@ -934,8 +934,9 @@ class Task:
     columns, optional = ("text", "label"), ("text_b",)
 
     def __post_init__(self):
-        if not 0 <= self.mask_prob <= 1 or self.head_std < 0:
-            raise ValueError("mask_prob has to be between 0 and 1, head_std at least 0")
+        at_least(self, 0, "mask_prob", "head_std")
+        if self.mask_prob > 1:
+            raise ValueError(f"mask_prob {self.mask_prob} is not between 0 and 1")
         if not all(type(label) is str for label in self.labels):
             raise ValueError("labels have to be texts")
 
@@ -1088,7 +1089,6 @@ OWN_COMMANDS = {}  # that the other two do not have
 # Trainer, as FineTuner does. data.py is imported where it is used: the models can do without it.
 
 
-
 @dataclass
 class RunConfig:
     """Which weights, on which machine."""
@@ -1124,15 +1124,9 @@ class TrainConfig(RunConfig):
 
     def __post_init__(self):
         check_choices(self)
-        for name in ("max_steps", "batch_size", "grad_accum", "log_interval"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} has to be at least 1")
-        for name in (
-            "seed", "epochs", "lr", "matrix_lr", "weight_decay",
-            "warmup_steps", "grad_clip", "eval_interval", "snapshot_interval",
-        ):
-            if getattr(self, name) < 0:
-                raise ValueError(f"--{name} cannot be negative")
+        at_least(self, 1, "max_steps", "batch_size", "grad_accum", "log_interval")
+        at_least(self, 0, "seed", "epochs", "lr", "matrix_lr", "weight_decay", "warmup_steps",
+                 "grad_clip", "eval_interval", "snapshot_interval")
 
     @property
     def rows(self) -> int:
@@ -1162,9 +1156,7 @@ class FinetuneConfig(TrainConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("freeze", "patience"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"--{name} cannot be negative")
+        at_least(self, 0, "freeze", "patience")
 
 
 def orthogonalize(matrices, steps: int = 5):

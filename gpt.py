@@ -63,6 +63,14 @@ from torch.optim.adamw import adamw
 # --------------------------------------------------------------------------------------------------
 
 
+def at_least(config, least: int, *names: str) -> None:
+    """Raises ValueError where one of these fields is smaller (None is the default's sign)."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not value >= least:
+            raise ValueError(f"{name} has to be at least {least}, not {value}")
+
+
 def check_choices(config) -> None:
     """Raises ValueError where a field that has a list of values, a Literal, has none of these."""
     for option in fields(config):
@@ -96,18 +104,13 @@ class GPTConfig:
 
     def __post_init__(self):
         check_choices(self)
-        if min(self.vocab_size, self.block_size, self.n_head, self.n_embd) < 1 or self.n_layer < 0:
-            raise ValueError(
-                "vocab_size, block_size, n_head and n_embd have to be at least 1, "
-                "n_layer at least 0"
-            )
+        at_least(self, 1, "vocab_size", "block_size", "n_head", "n_embd", "head_dim", "value_dim")
+        at_least(self, 0, "n_layer", "n_ff")
         if self.head_dim is None and self.n_embd % self.n_head:
             raise ValueError(
                 f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}: "
                 "change one of them or set head_dim"
             )
-        if min(self.key_width, self.value_width) < 1 or self.ff_width < 0:
-            raise ValueError("head_dim and value_dim have to be at least 1, n_ff at least 0")
         if self.pos == "rotary" and self.key_width % 2:
             raise ValueError(
                 f"rotary positions turn pairs of numbers: head_dim {self.key_width} has to be even"
@@ -596,14 +599,8 @@ class GenerateConfig:
     num_samples: int = 1  # how many texts
 
     def __post_init__(self):
-        if (
-            self.max_new_tokens < 1 or self.num_samples < 1
-            or (self.temperature or 0) < 0 or self.top_k < 0
-        ):
-            raise ValueError(
-                "max_new_tokens and num_samples have to be at least 1, "
-                "temperature and top_k at least 0"
-            )
+        at_least(self, 1, "max_new_tokens", "num_samples")
+        at_least(self, 0, "temperature", "top_k")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p {self.top_p} is not between 0 and 1")
 
@@ -1005,7 +1002,6 @@ OWN_COMMANDS = {"ladder": (ladder_command, (LadderConfig,))}  # that the other t
 # Trainer, as FineTuner does. data.py is imported where it is used: the models can do without it.
 
 
-
 @dataclass
 class RunConfig:
     """Which weights, on which machine."""
@@ -1041,15 +1037,9 @@ class TrainConfig(RunConfig):
 
     def __post_init__(self):
         check_choices(self)
-        for name in ("max_steps", "batch_size", "grad_accum", "log_interval"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} has to be at least 1")
-        for name in (
-            "seed", "epochs", "lr", "matrix_lr", "weight_decay",
-            "warmup_steps", "grad_clip", "eval_interval", "snapshot_interval",
-        ):
-            if getattr(self, name) < 0:
-                raise ValueError(f"--{name} cannot be negative")
+        at_least(self, 1, "max_steps", "batch_size", "grad_accum", "log_interval")
+        at_least(self, 0, "seed", "epochs", "lr", "matrix_lr", "weight_decay", "warmup_steps",
+                 "grad_clip", "eval_interval", "snapshot_interval")
 
     @property
     def rows(self) -> int:
@@ -1079,9 +1069,7 @@ class FinetuneConfig(TrainConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("freeze", "patience"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"--{name} cannot be negative")
+        at_least(self, 0, "freeze", "patience")
 
 
 def orthogonalize(matrices, steps: int = 5):

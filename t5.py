@@ -68,6 +68,14 @@ from torch.optim.adamw import adamw
 # --------------------------------------------------------------------------------------------------
 
 
+def at_least(config, least: int, *names: str) -> None:
+    """Raises ValueError where one of these fields is smaller (None is the default's sign)."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not value >= least:
+            raise ValueError(f"{name} has to be at least {least}, not {value}")
+
+
 def check_choices(config) -> None:
     """Raises ValueError where a field that has a list of values, a Literal, has none of these."""
     for option in fields(config):
@@ -102,21 +110,13 @@ class T5Config:
 
     def __post_init__(self):
         check_choices(self)
-        if min(
-            self.vocab_size, self.n_layer, self.decoder_layers, self.n_head, self.n_embd,
-            self.ff_width,
-        ) < 1:
-            raise ValueError(
-                "vocab_size, n_layer, n_decoder_layer, n_head, n_embd and n_ff "
-                "have to be at least 1"
-            )
+        at_least(self, 1, "vocab_size", "n_layer", "n_decoder_layer", "n_head", "n_embd", "n_ff",
+                 "head_dim")
         if self.head_dim is None and self.n_embd % self.n_head:
             raise ValueError(
                 f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}: "
                 "change one of them or set head_dim"
             )
-        if self.key_width < 1:
-            raise ValueError("head_dim has to be at least 1")
         if self.n_buckets < 4 or self.n_buckets % 2 or self.max_distance <= self.n_buckets // 2:
             raise ValueError(
                 f"n_buckets has to be even and at least 4, max_distance more than half of it: "
@@ -550,12 +550,10 @@ class ObjectiveConfig:
     mean_span: float = 3.0  # tokens in a span, on average (bernoulli: no effect, neighbours merge)
 
     def __post_init__(self):
-        if self.block_size < 2:
-            raise ValueError("block_size has to be at least 2")
+        at_least(self, 2, "block_size")
         if not 0 < self.noise_density < 1:
             raise ValueError(f"noise_density {self.noise_density} is not between 0 and 1")
-        if self.mean_span < 1:
-            raise ValueError(f"mean_span {self.mean_span} is less than a token")
+        at_least(self, 1, "mean_span")
         _, spans = noise_counts(self.block_size, self)
         if spans > len(SENTINELS):
             raise ValueError(
@@ -927,14 +925,8 @@ class GenerateConfig:
     num_samples: int = 1  # how many texts
 
     def __post_init__(self):
-        if (
-            self.max_new_tokens < 1 or self.num_samples < 1 or self.beams < 1
-            or self.temperature < 0 or self.top_k < 0
-        ):
-            raise ValueError(
-                "max_new_tokens, num_samples and beams have to be at least 1, "
-                "temperature and top_k at least 0"
-            )
+        at_least(self, 1, "max_new_tokens", "num_samples", "beams")
+        at_least(self, 0, "temperature", "top_k")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p {self.top_p} is not between 0 and 1")
         if self.temperature and self.beams > 1:
@@ -1315,7 +1307,6 @@ OWN_COMMANDS = {}  # that the other two do not have
 # Trainer, as FineTuner does. data.py is imported where it is used: the models can do without it.
 
 
-
 @dataclass
 class RunConfig:
     """Which weights, on which machine."""
@@ -1351,15 +1342,9 @@ class TrainConfig(RunConfig):
 
     def __post_init__(self):
         check_choices(self)
-        for name in ("max_steps", "batch_size", "grad_accum", "log_interval"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} has to be at least 1")
-        for name in (
-            "seed", "epochs", "lr", "matrix_lr", "weight_decay",
-            "warmup_steps", "grad_clip", "eval_interval", "snapshot_interval",
-        ):
-            if getattr(self, name) < 0:
-                raise ValueError(f"--{name} cannot be negative")
+        at_least(self, 1, "max_steps", "batch_size", "grad_accum", "log_interval")
+        at_least(self, 0, "seed", "epochs", "lr", "matrix_lr", "weight_decay", "warmup_steps",
+                 "grad_clip", "eval_interval", "snapshot_interval")
 
     @property
     def rows(self) -> int:
@@ -1389,9 +1374,7 @@ class FinetuneConfig(TrainConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("freeze", "patience"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"--{name} cannot be negative")
+        at_least(self, 0, "freeze", "patience")
 
 
 def orthogonalize(matrices, steps: int = 5):
