@@ -50,7 +50,6 @@ import itertools
 import json
 import math
 import sys
-import time
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal, get_args, get_origin
@@ -1398,7 +1397,6 @@ class Trainer:
         run, lock = self.run, self.out_dir / f"rank{ranks()[0]}.lock"
         with one_process(lock), interrupts() as pressed:
             self.begin()
-            self.since = time.perf_counter()
             while self.step < run.max_steps and not self.stops_early:
                 try:
                     if any(from_all(bool(pressed))):
@@ -1411,7 +1409,7 @@ class Trainer:
                 evaluating = self.step % run.eval_interval == 0 or self.step == run.max_steps
                 keeping = run.snapshot_interval and self.step % run.snapshot_interval == 0
                 if keeping or pressed:  # nothing is saved of a run that has diverged
-                    self.check(float(self.pending[-1][0]), self.step)
+                    self.log.check(float(self.pending[-1][0]), self.step)
                 if evaluating or self.step % run.log_interval == 0:
                     self.report()
                 if evaluating:
@@ -1449,7 +1447,7 @@ class Trainer:
     def evaluate_and_save(self) -> None:
         """Evaluate, log, show a sample; keep the weights if the best so far; save the state."""
         found = self.evaluate()
-        self.check(found["val_loss"], self.step)
+        self.log.check(found["val_loss"], self.step)
         self.log.write(step=self.step, **found)
         self.log.say("  ".join(
             [f"step {self.step}", *(f"{name} {value:.4f}" for name, value in found.items())]
@@ -1461,7 +1459,7 @@ class Trainer:
             self.save("best.pt", weights_only=True)
         self.save("ckpt.pt")
         self.log.draw(f"{NAME}: {self.unit}, {self.step} of {self.run.max_steps} steps")
-        self.since = time.perf_counter()
+        self.log.start_clock()
 
     def show(self, length: int) -> str:
         """A sample of what the model can do by now."""
@@ -1485,43 +1483,11 @@ class Trainer:
 
     def report(self) -> None:
         """Log the mean loss since the last report. Raises ValueError if the run has diverged."""
-        run = self.run
         losses = torch.stack([loss for loss, _ in self.pending]).tolist()  # (waits for the device)
-        seconds, self.since = time.perf_counter() - self.since, time.perf_counter()
-        for step, loss in enumerate(losses, self.step - len(losses) + 1):
-            self.check(loss, step)
-        loss, lr = sum(losses) / len(losses), schedule(self.step - 1, run) * run.lr
-        speed = sum(tokens for _, tokens in self.pending) / seconds
-        self.pending = []
-        self.log.write(step=self.step, loss=loss, lr=lr, tokens_per_second=round(speed))
-        self.check_progress()
-        left = (run.max_steps - self.step) * seconds / len(losses)
-        self.log.progress(
-            f"step {self.step}/{run.max_steps}  loss {loss:.3f}  {speed:,.0f} tokens/s  "
-            f"{left // 60:.0f}:{left % 60:02.0f} left"
-        )
-
-    def check(self, loss: float, step: int) -> None:
-        """Raises ValueError for a loss that is no number any more."""
-        if not math.isfinite(loss):
-            self.diverged(f"the loss became {loss} at step {step}")
-
-    def check_progress(self, steps: int = 30) -> None:
-        """Raises ValueError where all of the last steps were worse than a blind guess."""
-        guess = math.log(self.config.vocab_size) + 1  # + 1: for a poor start, and BERT's pairs
-        recent = [row["loss"] for row in self.log.rows
-                  if "loss" in row and row["step"] > self.step - steps]
-        if self.step >= self.run.warmup_steps + steps and min(recent) > guess:
-            self.diverged(
-                f"the loss was {min(recent):.1f} or more from step {self.step - steps + 1} "
-                f"to {self.step} (a blind guess: {guess - 1:.1f})")
-
-    def diverged(self, what: str):
-        """Raises ValueError: what was seen, what is left, and what to try."""
-        raise ValueError(
-            f"{what}; the last good checkpoint is kept in {self.out_dir}. Try half the --lr and "
-            "--matrix_lr, a longer --warmup_steps, or --dtype float32"
-        )
+        tokens, self.pending = sum(tokens for _, tokens in self.pending), []
+        lr = schedule(self.step - 1, self.run) * self.run.lr
+        guess = math.log(self.config.vocab_size)
+        self.log.report(self.step, self.run, losses, tokens, lr, guess)
 
     def begin(self) -> None:
         """Say what comes; write run.json, tokenizer.json and, for a new run, the first ckpt.pt."""

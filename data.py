@@ -777,7 +777,7 @@ def shuffled_rows(n: int, seed: int, first: int, count: int) -> tuple[np.ndarray
 
 
 # --------------------------------------------------------------------------------------------------
-# 5. Examples: tables of texts to fine-tune on
+# 5. Examples: tables of texts to fine-tune on, and measures of what was answered
 # --------------------------------------------------------------------------------------------------
 
 
@@ -1009,6 +1009,59 @@ def pad(rows: list, fill: int) -> np.ndarray:
     for i, row in enumerate(rows):
         padded[i, : len(row)] = row
     return padded
+
+
+def words_of(text: str) -> list[str]:
+    """The words of a text as they are compared: in lower case, without punctuation."""
+    return re.findall(r"\w+", text.lower())
+
+
+def f1(common: int, written: int, truth: int) -> float:
+    """F1 of `common` words out of so many written and so many true: 2 p r / (p + r)."""
+    return 2 * common / (written + truth) if written + truth else 1.0
+
+
+def token_f1(written: str, truth: str) -> float:
+    """How far the words are the same, in any order (Rajpurkar et al. 2016, 6.1)."""
+    ours, theirs = Counter(words_of(written)), Counter(words_of(truth))
+    return f1((ours & theirs).total(), ours.total(), theirs.total())
+
+
+def rouge_l(written: str, truth: str) -> float:
+    """How far the words are the same, in order: by the longest series of words that both have, with
+    gaps allowed (Lin 2004, 3.1; F1 as in its usual implementation)."""
+    ours, theirs = words_of(written), words_of(truth)
+    longest = [0] * (len(theirs) + 1)  # of what was read of `ours` and theirs[:j]
+    for word in ours:
+        before = longest
+        longest = [0]
+        for j, other in enumerate(theirs):
+            longest.append(
+                before[j] + 1 if word == other else max(before[j + 1], longest[j]))
+    return f1(longest[-1], len(ours), len(theirs))
+
+
+def mean_scores(written: list[str], truth: list[str]) -> dict[str, float]:
+    """Means of the three measures, each from 0 to 1."""
+    pairs, n = list(zip(written, truth)), len(truth)
+    return dict(
+        exact_match=sum(ours == theirs for ours, theirs in pairs) / n,
+        token_f1=sum(token_f1(*pair) for pair in pairs) / n,
+        rouge_l=sum(rouge_l(*pair) for pair in pairs) / n,
+    )
+
+
+def simple_answers(sources: list[str], learned: list[dict]) -> dict[str, list[str]]:
+    """What any model has to beat: always the word that most targets begin with, and that word with
+    the source's rarest word. Counts are those of the rows that were learned from."""
+    begins = Counter(row["target"].split()[0] for row in learned)
+    first = begins.most_common(1)[0][0]
+    seen_in = Counter(word for row in learned for word in set(words_of(row["source"])))
+    rarest = [min(words_of(source) or [""], key=lambda word: seen_in[word]) for source in sources]
+    return {
+        f'always "{first}"': [first] * len(sources),
+        f'"{first}" + the source\'s rarest word': [f"{first} {word}" for word in rarest],
+    }
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1451,6 +1504,11 @@ class RunLog:
                 file.writelines(json.dumps(row) + "\n" for row in self.rows)
         self.started = time.monotonic() - (self.rows[-1]["seconds"] if self.rows else 0)
         self.renewing = False
+        self.start_clock()
+
+    def start_clock(self) -> None:
+        """The time until the next report counts from here."""
+        self.since = time.perf_counter()
 
     def write(self, **row) -> dict:
         """Append a row; its `seconds` since the run's start are added. Returns it."""
@@ -1461,6 +1519,42 @@ class RunLog:
             with naming(path), open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
         return row
+
+    def report(
+        self, step: int, run, losses: list[float], tokens: int, lr: float, guess: float
+    ) -> None:
+        """Write the mean of the losses of the steps since the last report, and show it with the
+        speed (tokens: how many were read in these steps) and the time left. guess: the loss of a
+        blind guess. Raises ValueError if the run has diverged."""
+        seconds = time.perf_counter() - self.since
+        self.start_clock()
+        for at, loss in enumerate(losses, step - len(losses) + 1):
+            self.check(loss, at)
+        loss, speed = sum(losses) / len(losses), tokens / seconds
+        self.write(step=step, loss=loss, lr=lr, tokens_per_second=round(speed))
+        self.check_progress(step, run.warmup_steps, guess)
+        left = (run.max_steps - step) * seconds / len(losses)
+        self.progress(f"step {step}/{run.max_steps}  loss {loss:.3f}  {speed:,.0f} tokens/s  "
+                      f"{left // 60:.0f}:{left % 60:02.0f} left")
+
+    def check(self, loss: float, step: int) -> None:
+        """Raises ValueError for a loss that is no number any more."""
+        if not math.isfinite(loss):
+            self.diverged(f"the loss became {loss} at step {step}")
+
+    def check_progress(self, step: int, warmup_steps: int, guess: float, last: int = 30) -> None:
+        """Raises ValueError where all of the last steps were worse than a blind guess by more than
+        1 (for a poor start, and BERT's pairs)."""
+        recent = [row["loss"] for row in self.rows if "loss" in row and row["step"] > step - last]
+        if step >= warmup_steps + last and min(recent) > guess + 1:
+            self.diverged(f"the loss was {min(recent):.1f} or more from step {step - last + 1} to "
+                          f"{step} (a blind guess: {guess:.1f})")
+
+    def diverged(self, what: str):
+        """Raises ValueError: what was seen, what is left, and what to try."""
+        raise ValueError(
+            f"{what}; the last good checkpoint is kept in {self.folder}. Try half the --lr and "
+            "--matrix_lr, a longer --warmup_steps, or --dtype float32")
 
     def progress(self, text: str) -> None:
         """Show a line: on a terminal in place of the last one, else below it."""

@@ -51,8 +51,6 @@ import json
 import math
 import re
 import sys
-import time
-from collections import Counter
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal, get_args, get_origin
@@ -1207,6 +1205,8 @@ class Task:
     def score(self, model: Model, examples, groups) -> tuple[dict, str]:
         """exact_match, token_f1 and rouge_l of what the model writes, means over all examples; a
         table of these beside two answers that need no understanding."""
+        from data import mean_scores, simple_answers
+
         written, truth = [], []
         for group in groups:
             written += self.write(
@@ -1241,59 +1241,6 @@ class Task:
             text = text if len(text) < length else text[:length].rpartition(" ")[0] + " ..."
             lines.append(f"{text}\n    -> {written:.200}   (it is: {row['target']:.200})")
         return "\n".join(lines)
-
-
-def words_of(text: str) -> list[str]:
-    """The words of a text as they are compared: in lower case, without punctuation."""
-    return re.findall(r"\w+", text.lower())
-
-
-def f1(common: int, written: int, truth: int) -> float:
-    """F1 of `common` words out of so many written and so many true: 2 p r / (p + r)."""
-    return 2 * common / (written + truth) if written + truth else 1.0
-
-
-def token_f1(written: str, truth: str) -> float:
-    """How far the words are the same, in any order (Rajpurkar et al. 2016, 6.1)."""
-    ours, theirs = Counter(words_of(written)), Counter(words_of(truth))
-    return f1((ours & theirs).total(), ours.total(), theirs.total())
-
-
-def rouge_l(written: str, truth: str) -> float:
-    """How far the words are the same, in order: by the longest series of words that both have, with
-    gaps allowed (Lin 2004, 3.1; F1 as in its usual implementation)."""
-    ours, theirs = words_of(written), words_of(truth)
-    longest = [0] * (len(theirs) + 1)  # of what was read of `ours` and theirs[:j]
-    for word in ours:
-        before = longest
-        longest = [0]
-        for j, other in enumerate(theirs):
-            longest.append(
-                before[j] + 1 if word == other else max(before[j + 1], longest[j]))
-    return f1(longest[-1], len(ours), len(theirs))
-
-
-def mean_scores(written: list[str], truth: list[str]) -> dict[str, float]:
-    """Means of the three measures, each from 0 to 1."""
-    pairs, n = list(zip(written, truth)), len(truth)
-    return dict(
-        exact_match=sum(ours == theirs for ours, theirs in pairs) / n,
-        token_f1=sum(token_f1(*pair) for pair in pairs) / n,
-        rouge_l=sum(rouge_l(*pair) for pair in pairs) / n,
-    )
-
-
-def simple_answers(sources: list[str], learned: list[dict]) -> dict[str, list[str]]:
-    """What any model has to beat: always the word that most targets begin with, and that word with
-    the source's rarest word. Counts are those of the rows that were learned from."""
-    begins = Counter(row["target"].split()[0] for row in learned)
-    first = begins.most_common(1)[0][0]
-    seen_in = Counter(word for row in learned for word in set(words_of(row["source"])))
-    rarest = [min(words_of(source) or [""], key=lambda word: seen_in[word]) for source in sources]
-    return {
-        f'always "{first}"': [first] * len(sources),
-        f'"{first}" + the source\'s rarest word': [f"{first} {word}" for word in rarest],
-    }
 
 
 OWN_COMMANDS = {}  # that the other two do not have
@@ -1616,7 +1563,6 @@ class Trainer:
         run, lock = self.run, self.out_dir / f"rank{ranks()[0]}.lock"
         with one_process(lock), interrupts() as pressed:
             self.begin()
-            self.since = time.perf_counter()
             while self.step < run.max_steps and not self.stops_early:
                 try:
                     if any(from_all(bool(pressed))):
@@ -1629,7 +1575,7 @@ class Trainer:
                 evaluating = self.step % run.eval_interval == 0 or self.step == run.max_steps
                 keeping = run.snapshot_interval and self.step % run.snapshot_interval == 0
                 if keeping or pressed:  # nothing is saved of a run that has diverged
-                    self.check(float(self.pending[-1][0]), self.step)
+                    self.log.check(float(self.pending[-1][0]), self.step)
                 if evaluating or self.step % run.log_interval == 0:
                     self.report()
                 if evaluating:
@@ -1667,7 +1613,7 @@ class Trainer:
     def evaluate_and_save(self) -> None:
         """Evaluate, log, show a sample; keep the weights if the best so far; save the state."""
         found = self.evaluate()
-        self.check(found["val_loss"], self.step)
+        self.log.check(found["val_loss"], self.step)
         self.log.write(step=self.step, **found)
         self.log.say("  ".join(
             [f"step {self.step}", *(f"{name} {value:.4f}" for name, value in found.items())]
@@ -1679,7 +1625,7 @@ class Trainer:
             self.save("best.pt", weights_only=True)
         self.save("ckpt.pt")
         self.log.draw(f"{NAME}: {self.unit}, {self.step} of {self.run.max_steps} steps")
-        self.since = time.perf_counter()
+        self.log.start_clock()
 
     def show(self, length: int) -> str:
         """A sample of what the model can do by now."""
@@ -1703,43 +1649,11 @@ class Trainer:
 
     def report(self) -> None:
         """Log the mean loss since the last report. Raises ValueError if the run has diverged."""
-        run = self.run
         losses = torch.stack([loss for loss, _ in self.pending]).tolist()  # (waits for the device)
-        seconds, self.since = time.perf_counter() - self.since, time.perf_counter()
-        for step, loss in enumerate(losses, self.step - len(losses) + 1):
-            self.check(loss, step)
-        loss, lr = sum(losses) / len(losses), schedule(self.step - 1, run) * run.lr
-        speed = sum(tokens for _, tokens in self.pending) / seconds
-        self.pending = []
-        self.log.write(step=self.step, loss=loss, lr=lr, tokens_per_second=round(speed))
-        self.check_progress()
-        left = (run.max_steps - self.step) * seconds / len(losses)
-        self.log.progress(
-            f"step {self.step}/{run.max_steps}  loss {loss:.3f}  {speed:,.0f} tokens/s  "
-            f"{left // 60:.0f}:{left % 60:02.0f} left"
-        )
-
-    def check(self, loss: float, step: int) -> None:
-        """Raises ValueError for a loss that is no number any more."""
-        if not math.isfinite(loss):
-            self.diverged(f"the loss became {loss} at step {step}")
-
-    def check_progress(self, steps: int = 30) -> None:
-        """Raises ValueError where all of the last steps were worse than a blind guess."""
-        guess = math.log(self.config.vocab_size) + 1  # + 1: for a poor start, and BERT's pairs
-        recent = [row["loss"] for row in self.log.rows
-                  if "loss" in row and row["step"] > self.step - steps]
-        if self.step >= self.run.warmup_steps + steps and min(recent) > guess:
-            self.diverged(
-                f"the loss was {min(recent):.1f} or more from step {self.step - steps + 1} "
-                f"to {self.step} (a blind guess: {guess - 1:.1f})")
-
-    def diverged(self, what: str):
-        """Raises ValueError: what was seen, what is left, and what to try."""
-        raise ValueError(
-            f"{what}; the last good checkpoint is kept in {self.out_dir}. Try half the --lr and "
-            "--matrix_lr, a longer --warmup_steps, or --dtype float32"
-        )
+        tokens, self.pending = sum(tokens for _, tokens in self.pending), []
+        lr = schedule(self.step - 1, self.run) * self.run.lr
+        guess = math.log(self.config.vocab_size)
+        self.log.report(self.step, self.run, losses, tokens, lr, guess)
 
     def begin(self) -> None:
         """Say what comes; write run.json, tokenizer.json and, for a new run, the first ckpt.pt."""

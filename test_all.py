@@ -3374,17 +3374,17 @@ def test_rouge_l_is_the_longest_common_series_of_words():
             if any(series == other for other in itertools.combinations(theirs, n)))
         precision, recall = longest / len(ours), longest / len(theirs)
         f1 = 2 * precision * recall / (precision + recall) if longest else 0
-        assert t5.rouge_l(" ".join(ours), " ".join(theirs)) == pytest.approx(f1)
+        assert data.rouge_l(" ".join(ours), " ".join(theirs)) == pytest.approx(f1)
         common = sum(min(ours.count(word), theirs.count(word)) for word in "abcd")
         expected = 2 * common / (len(ours) + len(theirs))
-        assert t5.token_f1(" ".join(ours), " ".join(theirs)) == pytest.approx(expected)
-    assert t5.rouge_l("The Lost Boat!", "the boat, lost") == pytest.approx(2 / 3)
-    assert t5.token_f1("The Lost Boat!", "the boat, lost") == 1
-    assert t5.mean_scores(["a b", "c"], ["a b", "d"]) == dict(
+        assert data.token_f1(" ".join(ours), " ".join(theirs)) == pytest.approx(expected)
+    assert data.rouge_l("The Lost Boat!", "the boat, lost") == pytest.approx(2 / 3)
+    assert data.token_f1("The Lost Boat!", "the boat, lost") == 1
+    assert data.mean_scores(["a b", "c"], ["a b", "d"]) == dict(
         exact_match=0.5, token_f1=0.5, rouge_l=0.5)
     learned = [dict(source=source, target=target) for source, target in (
         ("a cat a", "The x"), ("a dog", "A y"), ("A cat", "The z"))]
-    answers = t5.simple_answers(["a cat", "a cat, dog", "a cat"], learned)
+    answers = data.simple_answers(["a cat", "a cat, dog", "a cat"], learned)
     assert list(answers.values()) == [["The"] * 3, ["The cat", "The dog", "The cat"]]
 
 
