@@ -16,7 +16,7 @@ attention brings (every position looks at every other) and what a feed-forward m
 thinks alone), and normalize after each. On top stand three small heads: for hidden tokens, for the
 pair, and after fine-tuning for labels. No text is generated; BERT is for understanding it.
 
-    python bert.py                                  train on input.txt: 3 to 4 minutes on a laptop
+    python bert.py                                  train on input.txt: 4 to 5 minutes on a laptop
     python bert.py generate --prompt "The cat sat on the [MASK]."     fill what is hidden
     python bert.py eval                             how many hidden tokens and pairs it gets right
     python bert.py finetune                         learn to tell what a story is about
@@ -66,7 +66,7 @@ from torch.optim.adamw import adamw
 
 
 def at_least(config, least: int, *names: str) -> None:
-    """Raises ValueError where one of these fields is smaller (None is the default's sign)."""
+    """Raises ValueError where one of these fields is smaller (None stands for a default)."""
     for name in names:
         value = getattr(config, name)
         if value is not None and not value >= least:
@@ -162,19 +162,20 @@ def attention(query, key, value, bias=None, causal=False, scale=None, dropout=0.
     """softmax(Q K^T * scale + bias) V: per query a weighted mean of the values (Vaswani, 3.2.1).
 
     A query says what a position looks for, a key what one offers, a value what it passes on.
-    query (B, nh, T, hd), key (B, nh, S, hd), value (B, nh, S, vd) -> (B, nh, T, vd). bias is added
-    to the scores and broadcasts to (B, nh, T, S). causal: the last query sees all S keys, the one
-    before it S - 1, and so on. scale: 1 / sqrt(hd) unless given, so that the scores of a wider head
-    are no larger.
+    query (B, nh, T, hd), key (B, nh, S, hd), value (B, nh, S, vd) -> (B, nh, T, vd). bias (BERT and
+    T5 have one) is added to the scores and broadcasts to (B, nh, T, S). causal: the last query sees
+    all S keys, the one before it S - 1, and so on. scale: 1 / sqrt(hd) unless given, so that the
+    scores of a wider head are no larger.
 
-    The formula is the last three lines. For short sequences on a CPU, in bfloat16, it is two to
-    three times as fast as PyTorch's fused kernel; elsewhere (also for one query) that is faster.
+    The formula is the last three lines. In bfloat16 on a CPU it is 2.5 (T = 128) to 1.4 times (512)
+    as fast as PyTorch's fused kernel (all in one pass), which is taken on a GPU, from LONG keys on,
+    and for a single query.
     """
     T, S = query.size(-2), key.size(-2)
     scale = query.size(-1) ** -0.5 if scale is None else scale
     fused = query.device.type != "cpu" or S >= LONG or T == 1
-    if causal and (T != S or bias is not None or not fused):  # the kernel's own is for T = S alone
-        future = query.new_full((T, S), -math.inf).triu(1 + S - T)  # a weight of 0
+    if causal and (T != S or bias is not None or not fused):  # the kernel's own mask: T = S
+        future = query.new_full((T, S), -math.inf).triu(1 + S - T)  # -inf: a weight of 0
         bias, causal = future if bias is None else bias + future, False
     if fused:
         return F.scaled_dot_product_attention(query, key, value, bias, dropout, causal, scale=scale)
@@ -184,7 +185,7 @@ def attention(query, key, value, bias=None, causal=False, scale=None, dropout=0.
 
 
 def sinusoids(length: int, width: int, base: float = 10000) -> torch.Tensor:
-    """(length, width): sin, cos of the position, wavelengths 2 pi to 2 pi * base (Vaswani, 3.5)."""
+    """(length, width): row t has sin, cos of t / base^(2i / width), i = 0, 1, ... (Vaswani 3.5)."""
     frequency = base ** (-torch.arange(0, width, 2) / width)  # (width / 2,)
     angle = torch.arange(length)[:, None] * frequency  # (length, width / 2)
     return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1)[:, :width]
@@ -301,7 +302,8 @@ class BERT(nn.Module):
             )
         self.norm = make_norm(config)  # post-norm: of the embeddings; pre-norm: after the blocks
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.transform = nn.Linear(config.n_embd, config.n_embd)  # for hidden tokens (BERT's code)
+        # For hidden tokens: head(norm(gelu(transform(x)))), as in BERT's code.
+        self.transform = nn.Linear(config.n_embd, config.n_embd)
         self.transform_norm = make_norm(config)
         self.head = nn.Linear(config.n_embd, config.vocab_size)
         if config.nsp or config.n_labels:
@@ -335,13 +337,14 @@ class BERT(nn.Module):
         With positions drawn at random, attention begins even over the whole sequence. A neighbour
         is then a 128th of what a token gets to see, and of what the gradient says: the model learns
         how often tokens occur (a loss of 5.4 at 1,024 types), and for thousands of steps no more.
-        The cure changes neither a shape nor a formula. Positions start as sinusoids: there, d steps
-        further means that pair i of the numbers turns by the angle d / base^(2i / C), which is why
-        Vaswani et al. chose them (3.5). So, with its pairs turned, a head's map for queries makes
-        a map for keys under which the query at t fits the key at t + d. In the first block, the
-        heads begin with d = -1, 1, -2, 2, ...; deeper blocks with an even view of everything. All
-        sublayers begin with an output of zero, so that positions reach each block unharmed; their
-        last maps get a gradient all the same, and what is below these from the second step on.
+        The cure changes neither a shape nor a formula. Positions start as sinusoids p(t): there, d
+        steps further means that pair i of the numbers turns by the angle d / base^(2i / C), which
+        is why Vaswani et al. chose them (3.5). So a head's map for queries W_q, its pairs of
+        columns turned by the same angles, is a map for keys W_k with W_k p(t + d) = W_q p(t): the
+        query at t fits the key at t + d. In the first block, the heads begin with d = -1, 1, -2, 2,
+        ...; deeper blocks with an even view of everything. All sublayers begin with an output of
+        zero, so that positions reach each block unharmed; their last maps get a gradient all the
+        same, and what is below these from the second step on.
         """
         C, base = self.config.n_embd, self.config.block_size
         for block in self.blocks:
@@ -421,7 +424,8 @@ class BERT(nn.Module):
         return self.label_head(F.dropout(whole, self.config.dropout, self.training))
 
     def loss(self, idx, segments, mask, mlm_labels, nsp_labels=None):
-        """The paper's loss: the mean over hidden tokens + the mean over pairs (A.2).
+        """The paper's loss (A.2), mean over hidden tokens + mean over pairs. (The training below
+        computes its own, see `loss_sum`.)
 
         mlm_labels (B, T) int64: the token that was there, -100 where nothing is asked; the head is
         computed for the others alone. nsp_labels (B,) int64: 0 if B continues A, else 1.
@@ -560,10 +564,11 @@ def lay_out(tokens, a, a_length, b, b_length, T: int, special: dict[str, int]):
 
 
 def hide_tokens(idx, own, real, mask_prob: float, ordinary, mask_id: int, generator):
-    """Choose tokens to ask for: mask_prob of a row's length, rounded, at least one (A.1).
+    """Choose tokens to ask for: mask_prob of a row's length, rounded, at least one.
 
-    8 in 10 of them become [MASK], 1 in 10 a random token, 1 in 10 stays: in fine-tuning there will
-    be no [MASK] (3.1), and since any token may be asked for, the model keeps a guess for each.
+    8 in 10 of them become [MASK], 1 in 10 a random one of `ordinary` (k,), 1 in 10 stays (A.1): a
+    text in use has no [MASK] (3.1), and since any token may be asked for, the model keeps a guess
+    for each.
     idx (n, T); own (n, T) bool: which may be chosen; real (n, T) bool: all but padding
     -> (what the model gets to see, targets), (n, T).
     """
@@ -579,16 +584,16 @@ def hide_tokens(idx, own, real, mask_prob: float, ordinary, mask_id: int, genera
     return np.where(chosen, seen, idx), np.where(chosen, idx, -100)
 
 
-def make_batch(corpus, config, objective, tokens, segments, foreign, T, generator) -> dict:
-    """A batch: idx, segments, mlm_labels (n, T), with pairs nsp_labels (n,), and where something is
-    padded, mask (n, T)."""
+def make_batch(corpus, config, objective, tokens, cuts, foreign, T, generator) -> dict:
+    """A batch, of cuts that `draw_segments` made: idx, segments, mlm_labels (n, T), with pairs
+    nsp_labels (n,), and where something is padded, mask (n, T)."""
     special = corpus.tokenizer.special
-    idx, segment, own = lay_out(tokens, *segments, T, special)
+    idx, segments, own = lay_out(tokens, *cuts, T, special)
     real = idx != special["[PAD]"]
     ordinary = np.flatnonzero(corpus.token_bytes)  # tokens that spell something
     seen, targets = hide_tokens(
         idx, own, real, objective.mask_prob, ordinary, special["[MASK]"], generator)
-    arrays = dict(idx=seen, segments=segment, mlm_labels=targets)
+    arrays = dict(idx=seen, segments=segments, mlm_labels=targets)
     arrays |= {"nsp_labels": foreign} if config.nsp else {}
     arrays |= {} if real.all() else {"mask": real}
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
@@ -599,11 +604,11 @@ def train_batch(
 ) -> dict:
     """A step's batch (see `make_batch`), which depends on (seed, step) alone.
 
-    An epoch goes through the text's tokens block_size apart, from a random offset and in random
-    order, and lays a sequence around each; the sequence stays inside the token's document. Half of
-    the pairs of a batch are neighbours. One batch in ten is of a random, shorter length, the same
-    for all its rows, so nothing has to be padded but what a short document leaves empty. (The
-    paper's code draws it for each example, `short_seq_prob`.)
+    An epoch picks places block_size tokens apart, from a random offset and in random order, and
+    lays a sequence around each, inside its document. Half of the pairs of a batch are neighbours.
+    One batch in ten is of a random, shorter length, the same for all its rows, so nothing has to be
+    padded but what a short document leaves empty. (The paper's code draws it for each example,
+    `short_seq_prob`.)
     """
     from data import shuffled_rows
 
@@ -616,13 +621,14 @@ def train_batch(
     document, token = documents.locate(((row + luck) / n * documents.total[-1]).astype(np.int64))
     begin, length = documents.around(document, token, text_room(config, T), generator.random(rows))
     foreign = (step * rows + np.arange(rows)) % 2
-    segments = draw_segments(config, documents, document, begin, length, foreign, generator)
-    return make_batch(corpus, config, objective, corpus.train, segments, foreign, T, generator)
+    cuts = draw_segments(config, documents, document, begin, length, foreign, generator)
+    return make_batch(corpus, config, objective, corpus.train, cuts, foreign, T, generator)
 
 
 def eval_batches(corpus, config: Config, objective: ObjectiveConfig, rows: int):
-    """The whole validation part in windows, and with pairs each window twice: as it is, and with
-    another B. Masks and pairs are always the same, whatever the seed and the number of rows.
+    """The whole validation part in windows, and with pairs each window twice, cut anew: with its
+    own B, and with another. Masks and pairs are always the same, whatever the seed and the number
+    of rows.
     """
     T = config.block_size
     documents, room = documents_of(corpus, "validation", T), text_room(config, T)
@@ -636,10 +642,10 @@ def eval_batches(corpus, config: Config, objective: ObjectiveConfig, rows: int):
         document, begin, length = (np.repeat(x, 2) for x in (document, begin, length))
     foreign = np.arange(len(begin)) % 2
     generator = np.random.default_rng(0)
-    segments = draw_segments(config, documents, document, begin, length, foreign, generator)
+    cuts = draw_segments(config, documents, document, begin, length, foreign, generator)
     for i in range(0, len(begin), rows):
         yield make_batch(
-            corpus, config, objective, corpus.validation, [x[i : i + rows] for x in segments],
+            corpus, config, objective, corpus.validation, [x[i : i + rows] for x in cuts],
             foreign[i : i + rows], T, generator,
         )
 
@@ -648,15 +654,16 @@ class CrossEntropy(torch.autograd.Function):
     """The sum of weight * -log softmax(logits)[target]: logits (N, V), targets (N,) int64, weights
     (N,), 0 where nothing is asked -> a number.
 
-    Its gradient is weight * (softmax(logits) - onehot(target)), so the probabilities are turned
-    into it right away and kept in the logits' own type. `F.cross_entropy` computes the same (a test
-    compares them), but passes over N x V float32 numbers three more times.
+    Its gradient is weight * (softmax(logits) - onehot(target)): `forward` computes that in place of
+    the probabilities, and keeps it in the logits' own type. `F.cross_entropy` computes the same (a
+    test compares them), but passes over N x V float32 numbers three more times.
     """
 
     @staticmethod
     def forward(ctx, logits, targets, weights):
         target, weight = targets.clamp(min=0).unsqueeze(1), weights.unsqueeze(1)  # (N, 1) each
-        p = F.softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        p = F.softmax(logits, dim=-1, dtype=wide)  # (N, V)
         chosen = p.gather(1, target).clamp(min=torch.finfo(p.dtype).tiny)  # log 0 would be -inf
         p.scatter_add_(1, target, -torch.ones_like(chosen))  # from here on p - onehot
         if not (weight == 1).all():
@@ -670,14 +677,14 @@ class CrossEntropy(torch.autograd.Function):
 
 
 def loss_sum(model: Model, batch: dict):
-    """(sum of the hidden tokens' losses, how many they are, metrics).
+    """(sum of the losses, number of hidden tokens, metrics).
 
-    Sums, so that parts of a batch can be added up: so each pair's loss counts as often as its row
-    has hidden tokens. Where all rows have as many, sum / number is the paper's mean over tokens +
-    mean over pairs (see `BERT.loss`), else nearly so. A metric is a pair of sums, a numerator and a
-    denominator. In fine-tuning `labels` (B,) are asked for: their losses, the number of texts.
-    There the truth is smoothed in training: 0.9 for the label and the rest for all alike, so that
-    few examples make no model too sure of itself (Szegedy et al. 2016,
+    Sums, so that parts of a batch can be added up. The caller divides by the number of hidden
+    tokens, so each pair's loss is multiplied by its row's: where all rows have as many, that is the
+    paper's mean over tokens + mean over pairs (`BERT.loss`), else nearly so. A metric is a pair of
+    sums, a numerator and a denominator. In fine-tuning `labels` (B,) are asked for: their losses,
+    the number of texts. There the truth is smoothed in training: 0.9 for the label and the rest for
+    all alike, so that few examples make no model too sure of itself (Szegedy et al. 2016,
     https://arxiv.org/abs/1512.00567, 7).
     """
     if "labels" in batch:
@@ -709,8 +716,8 @@ def count_tokens(batch: dict) -> int:
 
 
 def count_flops(model: Model, batch: dict) -> float:
-    """Floating-point operations of a step: 2 forward and 4 backward for each weight of a matrix
-    product and token that meets it, and as many for each number in attention's two products."""
+    """Floating-point operations of a step: 6 for each multiplication of the forward pass, by a
+    weight or in attention's two products: 2 forward (with its addition), 4 backward."""
     config, (B, T) = model.config, batch["idx"].shape
     C, asked = config.n_embd, int((batch["mlm_labels"] != -100).sum())
     attending = B * T * config.n_layer * (4 * C * C + 2 * T * C)
@@ -829,6 +836,7 @@ def demonstrate(model: Model, corpus, length: int) -> str:
 # 7. Published weights: BERT's names for ours
 # --------------------------------------------------------------------------------------------------
 
+# No weights; and one of pooler and pair head where the file lacks the other.
 PASSED_OVER = r"bert\.embeddings\.position_ids|(bert\.pooler|cls\.seq_relationship)\..*"
 ROLES = dict(pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]", mask_token="[MASK]")
 TEMPLATE = ["[CLS]", "A", "[SEP]", "B", "[SEP]"]  # what stands around a text, or a pair
@@ -836,7 +844,7 @@ TEMPLATE = ["[CLS]", "A", "[SEP]", "B", "[SEP]"]  # what stands around a text, o
 
 def published_name(name: str) -> str:
     """The name of a tensor in a file of weights -> the one that `published_weights` has for it."""
-    name = name.replace("LayerNorm.gamma", "LayerNorm.weight")
+    name = name.replace("LayerNorm.gamma", "LayerNorm.weight")  # TensorFlow's names, in old files
     name = name.replace("LayerNorm.beta", "LayerNorm.bias")
     return name if name.startswith(("bert.", "cls.", "classifier.")) else f"bert.{name}"
 
@@ -981,7 +989,7 @@ class Task:
         return lengths
 
     def collate(self, examples: list[dict], tokenizer, generator=None) -> dict:
-        """-> a batch: idx, segments (B, T), labels (B,) int64, where padded mask (B, T) bool.
+        """-> a batch: idx, segments (B, T), labels (B,) int64, and mask (B, T) bool if rows differ.
 
         A text that does not fit is cropped: to its beginning, or for training, with a generator, to
         a window at random, so that in time all of it is learned from. Then mask_prob of its tokens
@@ -1056,6 +1064,7 @@ class Task:
 
     def label(self, model: Model, tokenizer, text: str, text_b="") -> list[tuple[str, float]]:
         """The labels with their probabilities, the likeliest first."""
+        # (Any label: `encode` asks for one.)
         row = dict(text=text, label=self.labels[0]) | ({"text_b": text_b} if text_b else {})
         batch = self.collate([self.encode(row, tokenizer, model.config)], tokenizer)
         idx, segments = (batch[name].to(next(model.parameters()).device) for name in (
@@ -1180,38 +1189,39 @@ class Muon(torch.optim.Optimizer):
     skips both.
 
     AdamW steps by a fixed size in each *number*; Muon, in each *direction* of a matrix: it takes
-    the gradient's (Nesterov) momentum and makes all its singular values 1, so that rare directions
-    are learned as fast as common ones. Matrices of equal shape are stacked, for one product.
+    a running mean of the gradients and makes all its singular values 1, so that rare directions are
+    learned as fast as common ones. Matrices of equal shape are stacked, for one product.
     """
 
     def __init__(self, model: nn.Module, run: TrainConfig, dtype: torch.dtype):
         self.dtype = dtype  # of the Newton-Schulz products
-        kinds = {}  # (muon, shape) or (adamw, does it decay?), factor of the rate -> parameters
+        self.learning = [p for p in model.parameters() if p.requires_grad]  # the others: frozen
+        kinds = {}  # (kind, matrix shape, does it decay?, factor of the rate) -> parameters
         for name, p in model.named_parameters():
-            if not p.requires_grad:  # frozen
+            if not p.requires_grad:
                 continue
             inner = p.ndim == 2 and not ("embedding" in name or "head" in name)
             if run.optimizer == "muon" and inner:
-                kind = "muon", (len(p) // getattr(p, "maps", 1), p.size(1))
+                kind, shape = "muon", (len(p) // getattr(p, "maps", 1), p.size(1))
             else:
-                kind = "adamw", p.ndim >= 2
-            kinds.setdefault((*kind, getattr(p, "lr_factor", 1.0)), []).append(p)
+                kind, shape = "adamw", None
+            decays = p.ndim >= 2  # biases and norms do not
+            key = kind, shape, decays, getattr(p, "lr_factor", 1.0)
+            kinds.setdefault(key, []).append(p)
         groups = []
-        for (kind, detail, lr_factor), params in kinds.items():
+        for (kind, shape, decays, lr_factor), params in kinds.items():
             highest = lr_factor * (run.matrix_lr if kind == "muon" else run.lr)
-            decay = run.weight_decay if detail else 0.0  # biases and norms do not decay
             groups.append(dict(
-                params=params, kind=kind, shape=detail,
-                lr=highest, highest_lr=highest, weight_decay=decay,
+                params=params, kind=kind, shape=shape, lr=highest, highest_lr=highest,
+                weight_decay=run.weight_decay if decays else 0.0,
             ))
         super().__init__(groups, {})
 
     def gradients(self) -> list[torch.Tensor]:
-        """Those of all weights; zeros where no loss reached one."""
-        params = [p for group in self.param_groups for p in group["params"]]
-        for p in params:
+        """Those of all weights that learn; zeros where no loss reached one."""
+        for p in self.learning:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        return [p.grad for p in params]
+        return [p.grad for p in self.learning]
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -1221,7 +1231,8 @@ class Muon(torch.optim.Optimizer):
             (self.step_muon if group["kind"] == "muon" else self.step_adamw)(group)
 
     def step_muon(self, group, momentum: float = 0.95):
-        """p -= lr * orthogonalize(g + momentum ahead), for a stack of matrices (Jordan 2024)."""
+        """m <- 0.95 m + 0.05 g; p -= lr_of_shape * orthogonalize(0.95 m + 0.05 g), for a stack of
+        matrices (Jordan 2024)."""
         params, lr, (rows, cols) = group["params"], group["lr"], group["shape"]
         gradient = torch.cat([p.grad.view(-1, rows, cols) for p in params])  # (n, rows, cols)
         state = self.state[params[0]]  # of the whole stack
@@ -1263,7 +1274,11 @@ def schedule(step: int, run: TrainConfig) -> float:
 
 
 def update(model, batch: dict, optimizer, scaler, autocast, run: TrainConfig) -> torch.Tensor:
-    """One optimizer step, in run.grad_accum parts, by all ranks (processes) -> the mean loss."""
+    """One optimizer step, in run.grad_accum parts, by all ranks (processes) -> the mean loss.
+
+    autocast: matrix products in a narrower dtype. scaler: multiplies the loss in float16, where
+    small gradients would be 0 otherwise, and divides them again.
+    """
     from data import add_up, ranks
 
     model.train()
@@ -1279,7 +1294,7 @@ def update(model, batch: dict, optimizer, scaler, autocast, run: TrainConfig) ->
         scaler.scale(loss / rows).backward()  # (/ rows: within the range of float16)
         total += torch.stack([loss.detach(), torch.as_tensor(weight, device=device)])
     gradients = optimizer.gradients()
-    add_up([*gradients, total])
+    add_up([*gradients, total])  # over all ranks
     scaler.unscale_(optimizer)
     # Only now is the weight of all parts known: undo / rows, divide by it, then clip.
     loss, weight = total
@@ -1399,7 +1414,7 @@ class Trainer:
             self.begin()
             while self.step < run.max_steps and not self.stops_early:
                 try:
-                    if any(from_all(bool(pressed))):
+                    if any(from_all(bool(pressed))):  # Ctrl-C, in whichever process
                         break
                     self.pending.append(self.train_step())
                 except ConnectionError:  # another rank is gone

@@ -5,7 +5,7 @@ A language model reads numbers, so text has to become numbers and come back unch
 obvious ways are both wasteful: one number per byte makes long sequences, one per word needs a
 number for every word there is. BPE lies between. It starts from the 256 bytes, looks for the pair
 of neighbours that occurs most often in a text, makes that pair a token of its own, and repeats:
-"t"+"h", "th"+"e", " "+"the", ... After a few thousand merges common words are one token, rare ones
+"h"+"e", " "+"t", " t"+"he", ... After a few thousand merges common words are one token, rare ones
 a few, and any byte string at all, emoji or damaged file, can still be spelled.
 
     counts = count_words(text)            1  split the text by GPT-2's pattern, count the words
@@ -194,8 +194,8 @@ def learn_merges(
 
     Each step takes the pair with the highest count, of several the one with the lowest ids, and
     changes the words that hold it, and no others: `where` knows them. The heap keeps outdated
-    counts, and puts them right when they come up; that is enough, since a count only falls after
-    its pair has been pushed.
+    counts, and puts them right when they come up; that is enough: once its pair has been pushed, a
+    count can only fall.
     """
     words = [as_tokens(word, byte_ids) for word in counts]
     frequency = list(counts.values())
@@ -232,7 +232,7 @@ def learn_merges(
                 pair_count[made] += frequency[i]
                 new_where[made].append(i)
         pair_count[pair] = 0
-        for made, places in new_where.items():  # their counts are final, until a merge takes some
+        for made, places in new_where.items():  # from here on their counts only fall
             where[made] += places
             heapq.heappush(heap, (-pair_count[made], made))
     return merges

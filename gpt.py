@@ -27,8 +27,8 @@ objective, 6 generation, 7 published weights, 8 fine-tuning and the ladder, 9 tr
 command line.
 Copied alone into a project, this file still gives `from gpt import GPT, GPTConfig`; its commands
 need bpe.py (the tokenizer) and data.py (files, downloads, the log) beside it. To learn, change
-things: `--pos none` (which words suffer?), `--norm none`, `--n_head 1`; `causal=False` in Attention
-(the loss falls towards 0, and what it writes is nonsense: why?).
+things: `--pos none` (what does it cost?), `--norm none`, `--n_head 1`; `causal = False` in
+Attention.forward (the loss falls towards 0, and what it writes is nonsense: why?).
 
 Papers: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners" (GPT-2);
 Vaswani et al. 2017, https://arxiv.org/abs/1706.03762 (attention); Radford et al. 2018 (GPT).
@@ -64,7 +64,7 @@ from torch.optim.adamw import adamw
 
 
 def at_least(config, least: int, *names: str) -> None:
-    """Raises ValueError where one of these fields is smaller (None is the default's sign)."""
+    """Raises ValueError where one of these fields is smaller (None stands for a default)."""
     for name in names:
         value = getattr(config, name)
         if value is not None and not value >= least:
@@ -164,19 +164,20 @@ def attention(query, key, value, bias=None, causal=False, scale=None, dropout=0.
     """softmax(Q K^T * scale + bias) V: per query a weighted mean of the values (Vaswani, 3.2.1).
 
     A query says what a position looks for, a key what one offers, a value what it passes on.
-    query (B, nh, T, hd), key (B, nh, S, hd), value (B, nh, S, vd) -> (B, nh, T, vd). bias is added
-    to the scores and broadcasts to (B, nh, T, S). causal: the last query sees all S keys, the one
-    before it S - 1, and so on. scale: 1 / sqrt(hd) unless given, so that the scores of a wider head
-    are no larger.
+    query (B, nh, T, hd), key (B, nh, S, hd), value (B, nh, S, vd) -> (B, nh, T, vd). bias (BERT and
+    T5 have one) is added to the scores and broadcasts to (B, nh, T, S). causal: the last query sees
+    all S keys, the one before it S - 1, and so on. scale: 1 / sqrt(hd) unless given, so that the
+    scores of a wider head are no larger.
 
-    The formula is the last three lines. For short sequences on a CPU, in bfloat16, it is two to
-    three times as fast as PyTorch's fused kernel; elsewhere (also for one query) that is faster.
+    The formula is the last three lines. In bfloat16 on a CPU it is 2.5 (T = 128) to 1.4 times (512)
+    as fast as PyTorch's fused kernel (all in one pass), which is taken on a GPU, from LONG keys on,
+    and for a single query.
     """
     T, S = query.size(-2), key.size(-2)
     scale = query.size(-1) ** -0.5 if scale is None else scale
     fused = query.device.type != "cpu" or S >= LONG or T == 1
-    if causal and (T != S or bias is not None or not fused):  # the kernel's own is for T = S alone
-        future = query.new_full((T, S), -math.inf).triu(1 + S - T)  # a weight of 0
+    if causal and (T != S or bias is not None or not fused):  # the kernel's own mask: T = S
+        future = query.new_full((T, S), -math.inf).triu(1 + S - T)  # -inf: a weight of 0
         bias, causal = future if bias is None else bias + future, False
     if fused:
         return F.scaled_dot_product_attention(query, key, value, bias, dropout, causal, scale=scale)
@@ -186,7 +187,7 @@ def attention(query, key, value, bias=None, causal=False, scale=None, dropout=0.
 
 
 def sinusoids(length: int, width: int, base: float = 10000) -> torch.Tensor:
-    """(length, width): sin, cos of the position, wavelengths 2 pi to 2 pi * base (Vaswani, 3.5)."""
+    """(length, width): row t has sin, cos of t / base^(2i / width), i = 0, 1, ... (Vaswani 3.5)."""
     frequency = base ** (-torch.arange(0, width, 2) / width)  # (width / 2,)
     angle = torch.arange(length)[:, None] * frequency  # (length, width / 2)
     return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1)[:, :width]
@@ -230,9 +231,8 @@ class Attention(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.n_head, self.dropout = config.n_head, config.dropout
-        self.widths = [config.n_head * width for width in (
-            config.key_width, config.key_width, config.value_width
-        )]
+        keys, values = config.n_head * config.key_width, config.n_head * config.value_width
+        self.widths = [keys, keys, values]  # of queries, keys, values
         self.qkv = nn.Linear(config.n_embd, sum(self.widths), bias=config.bias)  # three maps in one
         # For Muon (9) they are three matrices.
         self.qkv.weight.maps = 3 if config.value_width == config.key_width else 1
@@ -242,7 +242,7 @@ class Attention(nn.Module):
         """x (B, T, C), turn (2, T, hd / 2), see `rotate` -> (B, T, C)."""
         B, T, C = x.shape
         query, key, value = (
-            part.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, nh, T, hd)
+            part.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, nh, T, hd or vd)
             for part in self.qkv(x).split(self.widths, dim=-1)
         )
         if turn is not None:
@@ -331,7 +331,7 @@ class GPT(nn.Module):
         self.apply(self.init_weights)
         for name, weight in self.named_parameters():
             if name.endswith(("proj.weight", "down.weight")):
-                # 2 * n_layer of them add up in the stream: its variance stays (GPT-2, 2.3).
+                # 2 * n_layer of them add up in the stream: it is to grow no larger (GPT-2, 2.3).
                 nn.init.normal_(weight, std=0.02 / math.sqrt(2 * config.n_layer))
         if config.tie:
             self.head.weight = self.token_embedding.weight
@@ -382,7 +382,7 @@ Model = GPT
 # --------------------------------------------------------------------------------------------------
 
 # A corpus (data.Corpus) has train and validation, arrays of token ids, and token_bytes, how many
-# bytes each token spells. `luck` is always a random number from [0, 1).
+# bytes each token spells.
 
 SPECIAL_TOKENS = ["<|endoftext|>"]
 SEPARATOR = "<|endoftext|>"  # before the first document, between documents and after the last
@@ -416,7 +416,7 @@ def train_batch(
     from data import shuffled_rows
 
     T, n = config.block_size, rows_per_epoch(corpus, config, objective)
-    row, luck = shuffled_rows(n, run.seed, step * run.rows, run.rows)  # (rows,); luck: the epoch's
+    row, luck = shuffled_rows(n, run.seed, step * run.rows, run.rows)  # (rows,); luck from [0, 1)
     offset = (luck * (len(corpus.train) - n * T)).astype(np.int64)
     at = (offset + row * T)[:, None] + np.arange(T + 1)  # (rows, T + 1)
     window = torch.from_numpy(corpus.train[at].astype(np.int64))
@@ -445,15 +445,16 @@ class CrossEntropy(torch.autograd.Function):
     """The sum of weight * -log softmax(logits)[target]: logits (N, V), targets (N,) int64, weights
     (N,), 0 where nothing is asked -> a number.
 
-    Its gradient is weight * (softmax(logits) - onehot(target)), so the probabilities are turned
-    into it right away and kept in the logits' own type. `F.cross_entropy` computes the same (a test
-    compares them), but passes over N x V float32 numbers three more times.
+    Its gradient is weight * (softmax(logits) - onehot(target)): `forward` computes that in place of
+    the probabilities, and keeps it in the logits' own type. `F.cross_entropy` computes the same (a
+    test compares them), but passes over N x V float32 numbers three more times.
     """
 
     @staticmethod
     def forward(ctx, logits, targets, weights):
         target, weight = targets.clamp(min=0).unsqueeze(1), weights.unsqueeze(1)  # (N, 1) each
-        p = F.softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        p = F.softmax(logits, dim=-1, dtype=wide)  # (N, V)
         chosen = p.gather(1, target).clamp(min=torch.finfo(p.dtype).tiny)  # log 0 would be -inf
         p.scatter_add_(1, target, -torch.ones_like(chosen))  # from here on p - onehot
         if not (weight == 1).all():
@@ -490,9 +491,9 @@ def count_tokens(batch: dict) -> int:
 
 
 def count_flops(model: Model, batch: dict) -> float:
-    """Floating-point operations of a step: tokens * 6 * (weights + n_layer * T * nh * (hd + vd)), 2
-    forward and 4 backward for each weight of a linear layer and each number that enters attention's
-    two products (Kaplan et al. 2020, 2.1)."""
+    """Floating-point operations of a step: 6 * tokens * (weights + n_layer * T * nh * (hd + vd)),
+    so 6 for each multiplication of the forward pass, by a weight or in attention's two products: 2
+    forward (with its addition), 4 backward (Kaplan et al. 2020, 2.1)."""
     weights = sum(
         module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear)
     )
@@ -529,9 +530,8 @@ def sample(logits, temperature: float = 1.0, top_k: int | None = None, top_p: fl
 
 @contextlib.contextmanager
 def fast_product(idx):
-    """For speed alone: within it, a CPU multiplies the states of idx (B, T) in the faster of two
-    ways. oneDNN, PyTorch's kernels for a CPU, repacks a bfloat16 matrix first: for a single vector
-    that triples the time."""
+    """For speed alone: within it, oneDNN, PyTorch's kernels for a CPU, is off if idx (B, T) is a
+    single token. It repacks a bfloat16 matrix first: for one vector that triples the time."""
     before = torch.backends.mkldnn.enabled
     torch.backends.mkldnn.enabled = before and idx.numel() > 1
     try:
@@ -930,7 +930,7 @@ class LadderConfig:
 
 def climb(config: Config, corpus, run: "TrainConfig", device, dtype):
     """One step of the ladder -> (its row of ladder.json, its curve [(step, loss), ...]). The whole
-    of training in a dozen lines; `Muon`, `schedule` and `update` are explained in room 9."""
+    of training in a dozen lines; `Muon`, `schedule` and `update` are explained in section 9."""
     import data
 
     start = time.perf_counter()
@@ -948,13 +948,13 @@ def climb(config: Config, corpus, run: "TrainConfig", device, dtype):
     seconds = time.perf_counter() - start
     batches = eval_batches(corpus, config, ObjectiveConfig(), 8 * run.batch_size)
     with autocast:
-        sample = demonstrate(model, corpus, 100)[:100]
+        text = demonstrate(model, corpus, 100)[:100]
     n = max(run.max_steps // 20, 1)
     curve = [(i + n, sum(losses[i : i + n]) / n) for i in range(0, len(losses) - n + 1, n)]
     return dict(
         parameters=sum(p.numel() for p in model.parameters()), train_loss=curve[-1][1],
         val_loss=evaluate(model, batches, autocast)["val_loss"], seconds=round(seconds, 2),
-        sample=sample,
+        sample=text,
     ), curve
 
 
@@ -1094,38 +1094,39 @@ class Muon(torch.optim.Optimizer):
     skips both.
 
     AdamW steps by a fixed size in each *number*; Muon, in each *direction* of a matrix: it takes
-    the gradient's (Nesterov) momentum and makes all its singular values 1, so that rare directions
-    are learned as fast as common ones. Matrices of equal shape are stacked, for one product.
+    a running mean of the gradients and makes all its singular values 1, so that rare directions are
+    learned as fast as common ones. Matrices of equal shape are stacked, for one product.
     """
 
     def __init__(self, model: nn.Module, run: TrainConfig, dtype: torch.dtype):
         self.dtype = dtype  # of the Newton-Schulz products
-        kinds = {}  # (muon, shape) or (adamw, does it decay?), factor of the rate -> parameters
+        self.learning = [p for p in model.parameters() if p.requires_grad]  # the others: frozen
+        kinds = {}  # (kind, matrix shape, does it decay?, factor of the rate) -> parameters
         for name, p in model.named_parameters():
-            if not p.requires_grad:  # frozen
+            if not p.requires_grad:
                 continue
             inner = p.ndim == 2 and not ("embedding" in name or "head" in name)
             if run.optimizer == "muon" and inner:
-                kind = "muon", (len(p) // getattr(p, "maps", 1), p.size(1))
+                kind, shape = "muon", (len(p) // getattr(p, "maps", 1), p.size(1))
             else:
-                kind = "adamw", p.ndim >= 2
-            kinds.setdefault((*kind, getattr(p, "lr_factor", 1.0)), []).append(p)
+                kind, shape = "adamw", None
+            decays = p.ndim >= 2  # biases and norms do not
+            key = kind, shape, decays, getattr(p, "lr_factor", 1.0)
+            kinds.setdefault(key, []).append(p)
         groups = []
-        for (kind, detail, lr_factor), params in kinds.items():
+        for (kind, shape, decays, lr_factor), params in kinds.items():
             highest = lr_factor * (run.matrix_lr if kind == "muon" else run.lr)
-            decay = run.weight_decay if detail else 0.0  # biases and norms do not decay
             groups.append(dict(
-                params=params, kind=kind, shape=detail,
-                lr=highest, highest_lr=highest, weight_decay=decay,
+                params=params, kind=kind, shape=shape, lr=highest, highest_lr=highest,
+                weight_decay=run.weight_decay if decays else 0.0,
             ))
         super().__init__(groups, {})
 
     def gradients(self) -> list[torch.Tensor]:
-        """Those of all weights; zeros where no loss reached one."""
-        params = [p for group in self.param_groups for p in group["params"]]
-        for p in params:
+        """Those of all weights that learn; zeros where no loss reached one."""
+        for p in self.learning:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        return [p.grad for p in params]
+        return [p.grad for p in self.learning]
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -1135,7 +1136,8 @@ class Muon(torch.optim.Optimizer):
             (self.step_muon if group["kind"] == "muon" else self.step_adamw)(group)
 
     def step_muon(self, group, momentum: float = 0.95):
-        """p -= lr * orthogonalize(g + momentum ahead), for a stack of matrices (Jordan 2024)."""
+        """m <- 0.95 m + 0.05 g; p -= lr_of_shape * orthogonalize(0.95 m + 0.05 g), for a stack of
+        matrices (Jordan 2024)."""
         params, lr, (rows, cols) = group["params"], group["lr"], group["shape"]
         gradient = torch.cat([p.grad.view(-1, rows, cols) for p in params])  # (n, rows, cols)
         state = self.state[params[0]]  # of the whole stack
@@ -1177,7 +1179,11 @@ def schedule(step: int, run: TrainConfig) -> float:
 
 
 def update(model, batch: dict, optimizer, scaler, autocast, run: TrainConfig) -> torch.Tensor:
-    """One optimizer step, in run.grad_accum parts, by all ranks (processes) -> the mean loss."""
+    """One optimizer step, in run.grad_accum parts, by all ranks (processes) -> the mean loss.
+
+    autocast: matrix products in a narrower dtype. scaler: multiplies the loss in float16, where
+    small gradients would be 0 otherwise, and divides them again.
+    """
     from data import add_up, ranks
 
     model.train()
@@ -1193,7 +1199,7 @@ def update(model, batch: dict, optimizer, scaler, autocast, run: TrainConfig) ->
         scaler.scale(loss / rows).backward()  # (/ rows: within the range of float16)
         total += torch.stack([loss.detach(), torch.as_tensor(weight, device=device)])
     gradients = optimizer.gradients()
-    add_up([*gradients, total])
+    add_up([*gradients, total])  # over all ranks
     scaler.unscale_(optimizer)
     # Only now is the weight of all parts known: undo / rows, divide by it, then clip.
     loss, weight = total
@@ -1313,7 +1319,7 @@ class Trainer:
             self.begin()
             while self.step < run.max_steps and not self.stops_early:
                 try:
-                    if any(from_all(bool(pressed))):
+                    if any(from_all(bool(pressed))):  # Ctrl-C, in whichever process
                         break
                     self.pending.append(self.train_step())
                 except ConnectionError:  # another rank is gone

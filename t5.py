@@ -67,7 +67,7 @@ from torch.optim.adamw import adamw
 
 
 def at_least(config, least: int, *names: str) -> None:
-    """Raises ValueError where one of these fields is smaller (None is the default's sign)."""
+    """Raises ValueError where one of these fields is smaller (None stands for a default)."""
     for name in names:
         value = getattr(config, name)
         if value is not None and not value >= least:
@@ -86,7 +86,7 @@ def check_choices(config) -> None:
 class T5Config:
     """The architecture. Defaults are T5's, but for dropout (there 0.1); the rest is variants.
 
-    Version 1.1 is act="gated-gelu", tie=False. There is no block_size: a distance can be any, so a
+    Version 1.1 is act="gated-gelu", tie=False. It has no block_size: a distance can be any, so a
     text may have any length. Raises ValueError for sizes that do not fit.
     """
 
@@ -143,7 +143,7 @@ class T5Config:
 
 Config, NAME = T5Config, "t5"  # so named, what the files have in common is the same text
 
-PRESETS = {  # T5's sizes have 60 M, 220 M and 770 M parameters, those of 1.1 77 M and 250 M
+PRESETS = {  # 60 M, 220 M and 770 M parameters; those of version 1.1: 77 M and 250 M
     "laptop": dict(vocab_size=1024, n_layer=2, n_decoder_layer=3, n_head=4, n_embd=128),
     "t4": dict(vocab_size=8192, n_layer=6, n_head=8, n_embd=512),  # for the GPU of that name
     "t5-small": dict(vocab_size=32128, n_layer=6, n_head=8, n_embd=512),
@@ -185,19 +185,20 @@ def attention(query, key, value, bias=None, causal=False, scale=None, dropout=0.
     """softmax(Q K^T * scale + bias) V: per query a weighted mean of the values (Vaswani, 3.2.1).
 
     A query says what a position looks for, a key what one offers, a value what it passes on.
-    query (B, nh, T, hd), key (B, nh, S, hd), value (B, nh, S, vd) -> (B, nh, T, vd). bias is added
-    to the scores and broadcasts to (B, nh, T, S). causal: the last query sees all S keys, the one
-    before it S - 1, and so on. scale: 1 / sqrt(hd) unless given, so that the scores of a wider head
-    are no larger.
+    query (B, nh, T, hd), key (B, nh, S, hd), value (B, nh, S, vd) -> (B, nh, T, vd). bias (BERT and
+    T5 have one) is added to the scores and broadcasts to (B, nh, T, S). causal: the last query sees
+    all S keys, the one before it S - 1, and so on. scale: 1 / sqrt(hd) unless given, so that the
+    scores of a wider head are no larger.
 
-    The formula is the last three lines. For short sequences on a CPU, in bfloat16, it is two to
-    three times as fast as PyTorch's fused kernel; elsewhere (also for one query) that is faster.
+    The formula is the last three lines. In bfloat16 on a CPU it is 2.5 (T = 128) to 1.4 times (512)
+    as fast as PyTorch's fused kernel (all in one pass), which is taken on a GPU, from LONG keys on,
+    and for a single query.
     """
     T, S = query.size(-2), key.size(-2)
     scale = query.size(-1) ** -0.5 if scale is None else scale
     fused = query.device.type != "cpu" or S >= LONG or T == 1
-    if causal and (T != S or bias is not None or not fused):  # the kernel's own is for T = S alone
-        future = query.new_full((T, S), -math.inf).triu(1 + S - T)  # a weight of 0
+    if causal and (T != S or bias is not None or not fused):  # the kernel's own mask: T = S
+        future = query.new_full((T, S), -math.inf).triu(1 + S - T)  # -inf: a weight of 0
         bias, causal = future if bias is None else bias + future, False
     if fused:
         return F.scaled_dot_product_attention(query, key, value, bias, dropout, causal, scale=scale)
@@ -232,12 +233,13 @@ def padding_bias(mask):
 
 
 def distance_buckets(distance, both_sides: bool, n_buckets: int, max_distance: int):
-    """The kind of distance key - query, any shape, int64 -> 0 to n_buckets - 1 (Raffel, 2.1).
+    """The kind of each distance key - query, any shape, int64: 0 to n_buckets - 1 (Raffel, 2.1).
 
-    A distance d below e is a kind by itself; beyond that it is e + (n - e) * log(d / e) /
-    log(max_distance / e), rounded down, at most n - 1: ranges that grow like powers. e = n / 2;
-    n = n_buckets, or with both_sides half of that for each side, keys after the query being the
-    second. Without, keys after the query, never seen, are taken for distance 0.
+    With both_sides the first half of the kinds is for keys up to the query, the second for those
+    after it: n = n_buckets / 2 each. Without, all n = n_buckets are for keys up to it; later ones
+    are never seen, and count as distance 0. A distance d below e = n / 2 is a kind by itself; from
+    e on the kind is e + (n - e) * log(d / e) / log(max_distance / e), rounded down, at most n - 1:
+    ranges that grow like powers.
     """
     if both_sides:
         n_buckets //= 2
@@ -263,7 +265,7 @@ class Attention(nn.Module):
         self.n_head, self.dropout = config.n_head, config.dropout
         width = config.n_head * config.key_width
         self.query = nn.Linear(config.n_embd, width, bias=False)
-        self.query.weight.lr_factor = config.key_width**-0.5  # for Muon (9)
+        self.query.weight.lr_factor = config.key_width**-0.5  # of its learning rate (9)
         self.kv = nn.Linear(config.n_embd, 2 * width, bias=False)  # two maps in one
         self.kv.weight.maps = 2  # for Muon they are two
         self.proj = nn.Linear(width, config.n_embd, bias=False)
@@ -272,7 +274,7 @@ class Attention(nn.Module):
         """(B, T, nh * hd) -> (B, nh, T, hd)"""
         return x.view(*x.shape[:2], self.n_head, -1).transpose(1, 2)
 
-    def remember(self, x):
+    def keys_values(self, x):
         """The keys and values of x (B, S, C): (B, nh, S, hd) each."""
         return [self.heads(part) for part in self.kv(x).chunk(2, dim=-1)]
 
@@ -311,8 +313,8 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, in a decoder cross-attention, and feed-forward, each added to the residual stream:
-    x + sublayer(norm(x))."""
+    """Attention, cross-attention (decoder only) and feed-forward, each added to the residual
+    stream: x + sublayer(norm(x))."""
 
     def __init__(self, config: Config, decoder: bool):
         super().__init__()
@@ -326,7 +328,7 @@ class Block(nn.Module):
         """x (B, T, C), bias (B or 1, nh, T, S) -> (B, T, C). A decoder's block also gets keys and
         values of the source, (B, nh, S, hd), and the bias (B, 1, 1, S) that hides its padding."""
         h = self.attn_norm(x)
-        key, value = self.attn.remember(h)
+        key, value = self.attn.keys_values(h)
         if cache is not None:
             key, value = cache.append(key, value)
         x = x + self.attn(h, key, value, bias, causal=self.decoder and x.size(1) > 1)
@@ -344,10 +346,10 @@ class Normalize(torch.autograd.Function):
     """For speed alone: RMSNorm by hand for a CPU, x (..., C), scale (C,) -> r x * scale with
     r = inverse_rms(x).
 
-    With g the gradient times scale, dx = r (g - r x mean(g r x)). LayerNorm's has another term,
-    r mean(g), which its fused kernel subtracts: adding it again is twice as fast as PyTorch's
-    RMSNorm, which has a kernel of its own on a GPU alone. Under autocast, y comes in the type that
-    the products after it take, so that it is converted once, not before each.
+    With g the gradient times scale, dx = r (g - r x mean(g r x)). LayerNorm's has another term, r
+    mean(g), which its fused kernel subtracts: adding it again is twice as fast as PyTorch's
+    RMSNorm, which has a kernel of its own on a GPU alone. Under autocast, the result comes in the
+    type that the products after it take, so that it is converted once, not before each.
     """
 
     @staticmethod
@@ -429,7 +431,7 @@ class T5(nn.Module):
         super().__init__()
         self.config = config
         self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
-        self.token_embedding.weight.lr_factor = 10.0  # for AdamW (9): see `init_weights`
+        self.token_embedding.weight.lr_factor = 10.0  # of its learning rate: see `init_weights`
         self.encoder = Stack(config, config.n_layer, decoder=False)
         self.decoder = Stack(config, config.decoder_layers, decoder=True)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
@@ -440,13 +442,13 @@ class T5(nn.Module):
 
     @staticmethod
     def init_weights(module):
-        """T5's normal distributions: embeddings with variance 1, matrices so that what goes in with
-        variance 1 comes out with it; here with half of that std, which learns faster.
+        """T5's normal distributions: embeddings with variance 1; matrices so that what goes in with
+        variance 1 comes out with it, but here with half of that std, which learns faster.
 
-        AdamW's steps do not depend on how large a weight is, and these are 20 to 50 times as large
-        as other models' embeddings, so they change too slowly. The paper's Adafactor makes steps
-        in proportion (3.1.2); here the embeddings' learning rate is ten times as high. That is one
-        of two reasons why "T5 does not converge with AdamW"; the other: `init_attention`.
+        AdamW's steps do not depend on how large a weight is, and the embeddings are 20 to 50 times
+        as large as other models', so they change too slowly. The paper's Adafactor makes steps in
+        proportion (3.1.2); here the embeddings' learning rate is ten times as high. That is one of
+        two reasons why "T5 does not converge with AdamW"; the other: `init_attention`.
         """
         if isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight)
@@ -477,10 +479,12 @@ class T5(nn.Module):
         self.encoder.distance_embedding.weight[bucket, head] += 7.0
         first = self.decoder.blocks[0].cross
         key, _ = first.kv.weight.chunk(2)  # (nh * hd, C)
+        # A score sums C * hd products, times 1 / sqrt(hd) from below: about 7 where like meets
+        # like.
         nn.init.normal_(key, std=(7 / config.n_embd / config.key_width**0.5) ** 0.5)
         first.query.weight.copy_(key)
         for module in self.modules():
-            if isinstance(module, Attention):
+            if isinstance(module, Attention):  # in place of the division by sqrt(hd): see there
                 module.query.weight *= config.key_width**-0.5
 
     def encode(self, src, src_mask=None):
@@ -491,32 +495,33 @@ class T5(nn.Module):
             bias = bias + padding_bias(src_mask)
         return self.encoder(self.token_embedding(src), bias)
 
-    def remember(self, memory):
+    def keys_values(self, memory):
         """The keys and values that the decoder's blocks have of the memory (B, S, C): for each
         block two of (B, nh, S, hd)."""
-        return [block.cross.remember(memory) for block in self.decoder.blocks]
+        return [block.cross.keys_values(memory) for block in self.decoder.blocks]
 
     def decode(self, tokens, bias, sources, source_bias=None, caches=None):
         """tokens (B, T) int64 of the target so far, with caches the new ones -> logits (B, T, V)
         of the tokens that follow each. bias: the decoder's `distance_bias`."""
         hidden = self.decoder(self.token_embedding(tokens), bias, sources, source_bias, caches)
         if self.config.tie and self.config.scale_head:
+            # Or else, since the embeddings have variance 1, scores would have variance C.
             hidden = hidden * self.config.n_embd**-0.5
         return self.head(hidden)
 
     def forward(self, src, tgt, src_mask=None, with_loss: bool = True):
         """src (B, S) int64, tgt (B, T) int64: the source, and the target with its </s> at the end
-        -> logits (B, T, V) for each of the target's tokens, given those before it; mean loss, None
-        with_loss=False (the training below computes its own, see `loss_sum`).
+        -> logits (B, T, V) for each of the target's tokens, given those before it; the mean loss,
+        or None if with_loss=False (the training below computes its own, see `loss_sum`).
 
         Where tgt is -100 nothing is asked. src_mask (B, S) bool: see `encode`. The decoder reads
         the true tokens, one behind, not what it would have written (teacher forcing).
         """
-        before = F.pad(tgt, (1, 0), value=-100)[:, :-1]  # what stands before each token
-        before = before.masked_fill(before < 0, self.config.pad_id)
+        shown = tgt.masked_fill(tgt < 0, self.config.pad_id)
+        before = F.pad(shown, (1, -1), value=self.config.pad_id)  # what stands before each token
         logits = self.decode(
             before, self.decoder.distance_bias(tgt.size(1), tgt.size(1)),
-            self.remember(self.encode(src, src_mask)),
+            self.keys_values(self.encode(src, src_mask)),
             None if src_mask is None else padding_bias(src_mask),
         )
         if not with_loss:
@@ -571,7 +576,7 @@ def noise_counts(length: int, objective: ObjectiveConfig) -> tuple[int, int]:
 
 def random_lengths(luck, parts: int):
     """Cut n + 1 things into `parts` pieces of at least one, all ways equally likely. luck (rows, n)
-    has a random number for each place between two things; the parts - 1 least luck is where to cut
+    has a random number for each place between two things; the cuts fall on the parts - 1 smallest
     -> the pieces' lengths (rows, parts) int64."""
     cuts = luck.argsort(axis=1)[:, : parts - 1] + 1
     return np.diff(np.sort(cuts, axis=1), axis=1, prepend=0, append=luck.shape[1] + 1)
@@ -580,21 +585,22 @@ def random_lengths(luck, parts: int):
 def draw_noise(rows: int, length: int, objective: ObjectiveConfig, generator):
     """Which tokens are cut out: (rows, length) bool.
 
-    "spans" (Raffel, 3.3.4; its code's `random_spans_noise_mask`; "bernoulli" is 3.1.4): a fixed
-    number of tokens in a fixed number of spans, text and spans in turn, with text first. So all
-    rows have the same lengths, and nothing needs padding.
+    "bernoulli" (Raffel, 3.1.4): each token by itself. "spans" (3.3.4; `random_spans_noise_mask` in
+    its code): a fixed number of tokens in a fixed number of spans, text and spans in turn, with
+    text first. So all rows have the same lengths, and nothing needs padding.
     """
     noise, spans = noise_counts(length, objective)
     if objective.corruption == "bernoulli":
         mask = generator.random((rows, length)) < objective.noise_density
         return mask & (starts_of(mask).cumsum(axis=1) <= len(SENTINELS))  # the rest stays
+    # Places to cut: length - noise - 1 between the text's tokens, noise - 1 between the noise's.
     of_text, of_noise = np.split(generator.random((rows, length - 2)), [length - noise - 1], axis=1)
     lengths = np.stack(
         (random_lengths(of_text, spans), random_lengths(of_noise, spans)), axis=2
     ).reshape(rows, 2 * spans)
-    turns = np.zeros((rows, length), np.int64)
-    np.put_along_axis(turns, lengths.cumsum(axis=1)[:, :-1], 1, axis=1)
-    return turns.cumsum(axis=1) % 2 == 1
+    borders = np.zeros((rows, length), np.int64)  # 1 where text and noise change
+    np.put_along_axis(borders, lengths.cumsum(axis=1)[:, :-1], 1, axis=1)
+    return borders.cumsum(axis=1) % 2 == 1
 
 
 def starts_of(noise):
@@ -642,8 +648,9 @@ def tokens_before(corpus, part: str):
 
 
 def windows(corpus, part: str, begin, length: int):
-    """The tokens from the text's begin-th (n,) on, (n, length) int64; separators are left out, so
-    a window may run on into the next document, as in the paper (3.1.2: packed)."""
+    """Windows of a part's text, from token number begin (n,) on -> (n, length) int64. Separators
+    are left out, so a window may run on into the next document, as in the paper's code
+    (`reduce_concat_tokens`)."""
     place = begin[:, None] + np.arange(length)
     place = place + np.searchsorted(tokens_before(corpus, part), place, side="right")
     return getattr(corpus, part)[place].astype(np.int64)
@@ -703,15 +710,16 @@ class CrossEntropy(torch.autograd.Function):
     """The sum of weight * -log softmax(logits)[target]: logits (N, V), targets (N,) int64, weights
     (N,), 0 where nothing is asked -> a number.
 
-    Its gradient is weight * (softmax(logits) - onehot(target)), so the probabilities are turned
-    into it right away and kept in the logits' own type. `F.cross_entropy` computes the same (a test
-    compares them), but passes over N x V float32 numbers three more times.
+    Its gradient is weight * (softmax(logits) - onehot(target)): `forward` computes that in place of
+    the probabilities, and keeps it in the logits' own type. `F.cross_entropy` computes the same (a
+    test compares them), but passes over N x V float32 numbers three more times.
     """
 
     @staticmethod
     def forward(ctx, logits, targets, weights):
         target, weight = targets.clamp(min=0).unsqueeze(1), weights.unsqueeze(1)  # (N, 1) each
-        p = F.softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        p = F.softmax(logits, dim=-1, dtype=wide)  # (N, V)
         chosen = p.gather(1, target).clamp(min=torch.finfo(p.dtype).tiny)  # log 0 would be -inf
         p.scatter_add_(1, target, -torch.ones_like(chosen))  # from here on p - onehot
         if not (weight == 1).all():
@@ -749,8 +757,8 @@ def count_tokens(batch: dict) -> int:
 
 
 def count_flops(model: Model, batch: dict) -> float:
-    """Floating-point operations of a step: 2 forward and 4 backward for each weight of a matrix
-    product and token that meets it, and as many for each number in attention's two products."""
+    """Floating-point operations of a step: 6 for each multiplication of the forward pass, by a
+    weight or in attention's two products: 2 forward (with its addition), 4 backward."""
     config, (B, S), T = model.config, batch["src"].shape, batch["tgt"].size(1)
     width = config.n_head * config.key_width
     weights = {"source": 0, "target": config.n_embd * config.vocab_size}
@@ -792,9 +800,8 @@ def sample(logits, temperature: float = 1.0, top_k: int | None = None, top_p: fl
 
 @contextlib.contextmanager
 def fast_product(idx):
-    """For speed alone: within it, a CPU multiplies the states of idx (B, T) in the faster of two
-    ways. oneDNN, PyTorch's kernels for a CPU, repacks a bfloat16 matrix first: for a single vector
-    that triples the time."""
+    """For speed alone: within it, oneDNN, PyTorch's kernels for a CPU, is off if idx (B, T) is a
+    single token. It repacks a bfloat16 matrix first: for one vector that triples the time."""
     before = torch.backends.mkldnn.enabled
     torch.backends.mkldnn.enabled = before and idx.numel() > 1
     try:
@@ -811,14 +818,14 @@ class Writer:
         """length: of the longest target. copies: how many targets to write for each source."""
         self.model = model
         memory = model.encode(src, src_mask).repeat_interleave(copies, dim=0)
-        sources = model.remember(memory)
-        self.sources = [KVCache(src.size(1)).append(*pair) for pair in sources]  # (in their type)
+        sources = model.keys_values(memory)  # (through a KVCache for its type: float32 on a CPU)
+        self.sources = [KVCache(src.size(1)).append(*pair) for pair in sources]
         self.source_bias = None
         if src_mask is not None:
             self.source_bias = padding_bias(src_mask).repeat_interleave(copies, dim=0)
         self.caches = [KVCache(length) for _ in sources]
         self.bias = model.decoder.distance_bias(1, length)  # distances length - 1, ..., 1, 0
-        self.bias = self.bias.to(self.sources[0][0].dtype)  # (that of the caches)
+        self.bias = self.bias.to(self.sources[0][0].dtype)
 
     def step(self, column):
         """column (B,) int64: the tokens written last -> scores of the next ones, (B, V)."""
@@ -871,8 +878,9 @@ def beam_search(model, src, max_new_tokens, beams, src_mask=None):
     At each step every beginning (hypothesis) is continued by every token, and the likeliest `beams`
     that do not end are kept. Taking the likeliest token each time (1 beam) may miss a target whose
     first token is only the second likeliest. The mean over its tokens, </s> counted, decides
-    between targets that have ended: with the sum, shorter would always be better. A source is done
-    when none of its beginnings has a better mean than the worst of `beams` that have ended.
+    between targets that have ended: with the sum, short ones would win too often. A source is done
+    when none of its beginnings has a better mean by now than the worst of `beams` that have ended
+    (a rule of thumb: a mean may still rise).
     """
     model.eval()
     B, pad_id, eos_id = len(src), model.config.pad_id, model.config.eos_id
@@ -1037,7 +1045,7 @@ def write_random(model: Model, rows: int, length: int):
 # 7. Published weights: T5's names for ours
 # --------------------------------------------------------------------------------------------------
 
-# Distances of the cross-attention, which has none: in old files all the same.
+# Old files hold distance biases of the cross-attention, which uses none.
 PASSED_OVER = r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight"
 ROLES = dict(pad_token="<pad>", eos_token="</s>")  # of special tokens
 TEMPLATE = ["A", "</s>"]  # what stands around a text
@@ -1081,8 +1089,8 @@ def published_weights(model: Model) -> dict:
 
 
 def to_published(config: Config) -> dict:
-    """Our settings as `config.json` has them. (What it says about tying means scaling, and the head
-    itself is tied where the file has none: so `transformers` reads it.)"""
+    """Our settings as `config.json` has them. (`transformers` takes from tie_word_embeddings
+    whether scores are scaled; the head is tied where the file of weights has no lm_head.)"""
     return dict(
         architectures=["T5ForConditionalGeneration"], model_type="t5",
         vocab_size=config.vocab_size, d_model=config.n_embd, d_kv=config.key_width,
@@ -1177,7 +1185,8 @@ class Task:
         return kept, len(kept) <= len(src)
 
     def collate(self, examples: list[dict], tokenizer, generator=None) -> dict:
-        """-> a batch: src (B, S), tgt (B, T) int64, where padded src_mask (B, S) bool."""
+        """-> a batch: src (B, S), tgt (B, T) int64, and src_mask (B, S) bool if sources differ in
+        length."""
         from data import pad
 
         sources, targets = ([example[name] for example in examples] for name in ("src", "tgt"))
@@ -1346,38 +1355,39 @@ class Muon(torch.optim.Optimizer):
     skips both.
 
     AdamW steps by a fixed size in each *number*; Muon, in each *direction* of a matrix: it takes
-    the gradient's (Nesterov) momentum and makes all its singular values 1, so that rare directions
-    are learned as fast as common ones. Matrices of equal shape are stacked, for one product.
+    a running mean of the gradients and makes all its singular values 1, so that rare directions are
+    learned as fast as common ones. Matrices of equal shape are stacked, for one product.
     """
 
     def __init__(self, model: nn.Module, run: TrainConfig, dtype: torch.dtype):
         self.dtype = dtype  # of the Newton-Schulz products
-        kinds = {}  # (muon, shape) or (adamw, does it decay?), factor of the rate -> parameters
+        self.learning = [p for p in model.parameters() if p.requires_grad]  # the others: frozen
+        kinds = {}  # (kind, matrix shape, does it decay?, factor of the rate) -> parameters
         for name, p in model.named_parameters():
-            if not p.requires_grad:  # frozen
+            if not p.requires_grad:
                 continue
             inner = p.ndim == 2 and not ("embedding" in name or "head" in name)
             if run.optimizer == "muon" and inner:
-                kind = "muon", (len(p) // getattr(p, "maps", 1), p.size(1))
+                kind, shape = "muon", (len(p) // getattr(p, "maps", 1), p.size(1))
             else:
-                kind = "adamw", p.ndim >= 2
-            kinds.setdefault((*kind, getattr(p, "lr_factor", 1.0)), []).append(p)
+                kind, shape = "adamw", None
+            decays = p.ndim >= 2  # biases and norms do not
+            key = kind, shape, decays, getattr(p, "lr_factor", 1.0)
+            kinds.setdefault(key, []).append(p)
         groups = []
-        for (kind, detail, lr_factor), params in kinds.items():
+        for (kind, shape, decays, lr_factor), params in kinds.items():
             highest = lr_factor * (run.matrix_lr if kind == "muon" else run.lr)
-            decay = run.weight_decay if detail else 0.0  # biases and norms do not decay
             groups.append(dict(
-                params=params, kind=kind, shape=detail,
-                lr=highest, highest_lr=highest, weight_decay=decay,
+                params=params, kind=kind, shape=shape, lr=highest, highest_lr=highest,
+                weight_decay=run.weight_decay if decays else 0.0,
             ))
         super().__init__(groups, {})
 
     def gradients(self) -> list[torch.Tensor]:
-        """Those of all weights; zeros where no loss reached one."""
-        params = [p for group in self.param_groups for p in group["params"]]
-        for p in params:
+        """Those of all weights that learn; zeros where no loss reached one."""
+        for p in self.learning:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        return [p.grad for p in params]
+        return [p.grad for p in self.learning]
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -1387,7 +1397,8 @@ class Muon(torch.optim.Optimizer):
             (self.step_muon if group["kind"] == "muon" else self.step_adamw)(group)
 
     def step_muon(self, group, momentum: float = 0.95):
-        """p -= lr * orthogonalize(g + momentum ahead), for a stack of matrices (Jordan 2024)."""
+        """m <- 0.95 m + 0.05 g; p -= lr_of_shape * orthogonalize(0.95 m + 0.05 g), for a stack of
+        matrices (Jordan 2024)."""
         params, lr, (rows, cols) = group["params"], group["lr"], group["shape"]
         gradient = torch.cat([p.grad.view(-1, rows, cols) for p in params])  # (n, rows, cols)
         state = self.state[params[0]]  # of the whole stack
@@ -1429,7 +1440,11 @@ def schedule(step: int, run: TrainConfig) -> float:
 
 
 def update(model, batch: dict, optimizer, scaler, autocast, run: TrainConfig) -> torch.Tensor:
-    """One optimizer step, in run.grad_accum parts, by all ranks (processes) -> the mean loss."""
+    """One optimizer step, in run.grad_accum parts, by all ranks (processes) -> the mean loss.
+
+    autocast: matrix products in a narrower dtype. scaler: multiplies the loss in float16, where
+    small gradients would be 0 otherwise, and divides them again.
+    """
     from data import add_up, ranks
 
     model.train()
@@ -1445,7 +1460,7 @@ def update(model, batch: dict, optimizer, scaler, autocast, run: TrainConfig) ->
         scaler.scale(loss / rows).backward()  # (/ rows: within the range of float16)
         total += torch.stack([loss.detach(), torch.as_tensor(weight, device=device)])
     gradients = optimizer.gradients()
-    add_up([*gradients, total])
+    add_up([*gradients, total])  # over all ranks
     scaler.unscale_(optimizer)
     # Only now is the weight of all parts known: undo / rows, divide by it, then clip.
     loss, weight = total
@@ -1565,7 +1580,7 @@ class Trainer:
             self.begin()
             while self.step < run.max_steps and not self.stops_early:
                 try:
-                    if any(from_all(bool(pressed))):
+                    if any(from_all(bool(pressed))):  # Ctrl-C, in whichever process
                         break
                     self.pending.append(self.train_step())
                 except ConnectionError:  # another rank is gone
