@@ -65,22 +65,6 @@ from torch.optim.adamw import adamw
 # --------------------------------------------------------------------------------------------------
 
 
-def at_least(config, least: int, *names: str) -> None:
-    """Raises ValueError where one of these fields is smaller (None stands for a default)."""
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and not value >= least:
-            raise ValueError(f"{name} has to be at least {least}, not {value}")
-
-
-def check_choices(config) -> None:
-    """Raises ValueError where a field that has a list of values, a Literal, has none of these."""
-    for option in fields(config):
-        value, values = getattr(config, option.name), get_args(option.type)
-        if get_origin(option.type) is Literal and value not in values:
-            raise ValueError(f"{option.name} {value!r} is none of {', '.join(values)}")
-
-
 @dataclass
 class BERTConfig:
     """The architecture. Defaults are BERT's, but for dropout (there 0.1); the rest is variants.
@@ -148,6 +132,23 @@ RECIPES = {  # training settings that go with a preset (matrix_lr: Muon's, see 9
     ),
     "t4": dict(max_steps=10000, batch_size=64, log_interval=50, eval_interval=500),
 }
+
+
+def at_least(config, least: int, *names: str) -> None:
+    """Raises ValueError where one of these fields is smaller (None stands for a default)."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not value >= least:
+            raise ValueError(f"{name} has to be at least {least}, not {value}")
+
+
+def check_choices(config) -> None:
+    """Raises ValueError where a field that has a list of values, a Literal, has none of these."""
+    for option in fields(config):
+        value, values = getattr(config, option.name), get_args(option.type)
+        if get_origin(option.type) is Literal and value not in values:
+            raise ValueError(f"{option.name} {value!r} is none of {', '.join(values)}")
+
 
 # --------------------------------------------------------------------------------------------------
 # 3. Layers, from the bottom up

@@ -367,10 +367,7 @@ def find_source(name: str) -> dict[str, Path]:
             return {part: one_text([files["archive"]], part) for part in ("train", "validation")}
         return files
     if re.match(r"https?://", name):
-        key = hashlib.sha256(name.encode()).hexdigest()[:16]
-        file_name = (
-            re.sub(r"[^\w.-]", "_", name.partition("?")[0].rpartition("/")[2])[-80:] or "text")
-        return {"train": one_text([download(name, cache_folder() / key / file_name)])}
+        return {"train": one_text([download_address(name)])}
     path = Path(name)
     if not path.exists() and not path.is_absolute():
         path = Path(__file__).parent / name  # input.txt, from another working folder
@@ -384,6 +381,13 @@ def find_source(name: str) -> dict[str, Path]:
         raise ValueError(
             f"no data at {name}: give a file, a folder, a URL or one of {', '.join(NAMED)}")
     return {"train": one_text([path])}
+
+
+def download_address(url: str, name: str = "text", page: bool = True) -> Path:
+    """The file of any URL in the cache, under its own name, or `name` where the URL has none."""
+    key = hashlib.sha256(url.encode()).hexdigest()[:16]
+    own = re.sub(r"[^\w.-]", "_", url.partition("?")[0].rpartition("/")[2])[-80:]
+    return download(url, cache_folder() / key / (own or name), page=page)
 
 
 def named_files(name: str) -> dict[str, Path]:
@@ -816,9 +820,7 @@ def read_examples(source: str, columns, optional=()) -> dict[str, list[dict]]:
         return {part: check_rows(rows, archive, columns, optional) for part, rows in parts.items()}
     path = Path(source)
     if re.match(r"https?://", source):
-        key = hashlib.sha256(source.encode()).hexdigest()[:16]
-        name = re.sub(r"[^\w.-]", "_", source.partition("?")[0].rpartition("/")[2])[-80:]
-        path = download(source, cache_folder() / key / (name or "table.csv"), page=False)
+        path = download_address(source, "table.csv", page=False)
     if path.is_dir():
         files = {}
         for part, names in ("train", ["train"]), ("validation", ["validation", "valid", "test"]):

@@ -24,11 +24,10 @@ In the end a linear head turns it into a score for every token of the vocabulary
 
 It reads from top to bottom: 1 this page, 2 the configuration, 3 layers, 4 the model, 5 the
 objective, 6 generation, 7 published weights, 8 fine-tuning and the ladder, 9 training, 10 the
-command line.
-Copied alone into a project, this file still gives `from gpt import GPT, GPTConfig`; its commands
-need bpe.py (the tokenizer) and data.py (files, downloads, the log) beside it. To learn, change
-things: `--pos none` (what does it cost?), `--norm none`, `--n_head 1`; `causal = False` in
-Attention.forward (the loss falls towards 0, and what it writes is nonsense: why?).
+command line. Copied alone into a project, this file still gives `from gpt import GPT, GPTConfig`;
+its commands need bpe.py (the tokenizer) and data.py (files, downloads, the log) beside it. To
+learn, change things: `--pos none` (what does it cost?), `--norm none`, `--n_head 1`; `causal=False`
+in Attention.forward (the loss falls towards 0, and what it writes is nonsense: why?).
 
 Papers: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners" (GPT-2);
 Vaswani et al. 2017, https://arxiv.org/abs/1706.03762 (attention); Radford et al. 2018 (GPT).
@@ -61,22 +60,6 @@ from torch.optim.adamw import adamw
 # --------------------------------------------------------------------------------------------------
 # 2. The configuration
 # --------------------------------------------------------------------------------------------------
-
-
-def at_least(config, least: int, *names: str) -> None:
-    """Raises ValueError where one of these fields is smaller (None stands for a default)."""
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and not value >= least:
-            raise ValueError(f"{name} has to be at least {least}, not {value}")
-
-
-def check_choices(config) -> None:
-    """Raises ValueError where a field that has a list of values, a Literal, has none of these."""
-    for option in fields(config):
-        value, values = getattr(config, option.name), get_args(option.type)
-        if get_origin(option.type) is Literal and value not in values:
-            raise ValueError(f"{option.name} {value!r} is none of {', '.join(values)}")
 
 
 @dataclass
@@ -150,6 +133,23 @@ RECIPES = {  # training settings that go with a preset (matrix_lr: Muon's, see 9
     "laptop": dict(max_steps=500, batch_size=16, lr=0.01, matrix_lr=0.03),
     "t4": dict(max_steps=3000, batch_size=32, lr=0.005, matrix_lr=0.02, eval_interval=250),
 }
+
+
+def at_least(config, least: int, *names: str) -> None:
+    """Raises ValueError where one of these fields is smaller (None stands for a default)."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not value >= least:
+            raise ValueError(f"{name} has to be at least {least}, not {value}")
+
+
+def check_choices(config) -> None:
+    """Raises ValueError where a field that has a list of values, a Literal, has none of these."""
+    for option in fields(config):
+        value, values = getattr(config, option.name), get_args(option.type)
+        if get_origin(option.type) is Literal and value not in values:
+            raise ValueError(f"{option.name} {value!r} is none of {', '.join(values)}")
+
 
 # --------------------------------------------------------------------------------------------------
 # 3. Layers, from the bottom up

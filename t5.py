@@ -66,22 +66,6 @@ from torch.optim.adamw import adamw
 # --------------------------------------------------------------------------------------------------
 
 
-def at_least(config, least: int, *names: str) -> None:
-    """Raises ValueError where one of these fields is smaller (None stands for a default)."""
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and not value >= least:
-            raise ValueError(f"{name} has to be at least {least}, not {value}")
-
-
-def check_choices(config) -> None:
-    """Raises ValueError where a field that has a list of values, a Literal, has none of these."""
-    for option in fields(config):
-        value, values = getattr(config, option.name), get_args(option.type)
-        if get_origin(option.type) is Literal and value not in values:
-            raise ValueError(f"{option.name} {value!r} is none of {', '.join(values)}")
-
-
 @dataclass
 class T5Config:
     """The architecture. Defaults are T5's, but for dropout (there 0.1); the rest is variants.
@@ -171,6 +155,23 @@ RECIPES = {  # training settings that go with a preset (matrix_lr: Muon's, see 9
     "t5-v1_1-small": dict(block_size=512),
     "t5-v1_1-base": dict(block_size=512),
 }
+
+
+def at_least(config, least: int, *names: str) -> None:
+    """Raises ValueError where one of these fields is smaller (None stands for a default)."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not value >= least:
+            raise ValueError(f"{name} has to be at least {least}, not {value}")
+
+
+def check_choices(config) -> None:
+    """Raises ValueError where a field that has a list of values, a Literal, has none of these."""
+    for option in fields(config):
+        value, values = getattr(config, option.name), get_args(option.type)
+        if get_origin(option.type) is Literal and value not in values:
+            raise ValueError(f"{option.name} {value!r} is none of {', '.join(values)}")
+
 
 # --------------------------------------------------------------------------------------------------
 # 3. Layers, from the bottom up
