@@ -792,6 +792,8 @@ def write_samples(model: Model, checkpoint: dict, options: GenerateConfig) -> No
             width = max(len(label) for label, _ in found)
             print("\n".join(f"{label:<{width}} {100 * share:5.1f} %" for label, share in found))
         return
+    if options.prompt_b:
+        raise ValueError("--prompt_b is for a model that was fine-tuned on pairs of texts")
     prompt = options.prompt or "The cat sat on the [MASK]."
     ids = encode_prompt(prompt, tokenizer, model.config.block_size)
     idx = torch.tensor(ids, device=next(model.parameters()).device)
@@ -1067,7 +1069,12 @@ class Task:
         """The labels with their probabilities, the likeliest first."""
         # (Any label: `encode` asks for one.)
         row = dict(text=text, label=self.labels[0]) | ({"text_b": text_b} if text_b else {})
-        batch = self.collate([self.encode(row, tokenizer, model.config)], tokenizer)
+        from data import say
+
+        example = self.encode(row, tokenizer, model.config)
+        if example["cropped"]:
+            say(f"the text is long: its first {example['length']} tokens are read")
+        batch = self.collate([example], tokenizer)
         idx, segments = (batch[name].to(next(model.parameters()).device) for name in (
             "idx", "segments"))
         with torch.no_grad():
@@ -1156,6 +1163,7 @@ class FinetuneConfig(TrainConfig):
     lr: float = FINETUNING["laptop"]["lr"]  # AdamW's highest learning rate
     matrix_lr: float = FINETUNING["laptop"]["matrix_lr"]  # Muon's highest learning rate
     weight_decay: float = FINETUNING["laptop"]["weight_decay"]  # as in training
+    warmup_steps: int = 20  # steps in which the learning rate rises (at most a fifth of all)
     log_interval: int = 20  # steps between two lines of the log
     eval_interval: int = FINETUNING["laptop"]["eval_interval"]  # as in training (0: an epoch)
     freeze: int = 0  # so many of the lowest layers, and the embeddings, stay as they are
@@ -1373,6 +1381,8 @@ class Trainer:
         self.run = run = replace(
             run, max_steps=steps, epochs=0.0, dtype=str(self.dtype).removeprefix("torch."),
             eval_interval=run.eval_interval or math.ceil(epoch / run.rows),
+            # Few examples make few steps; not all of them are to be warm-up.
+            warmup_steps=min(run.warmup_steps, steps // 5) if self.task else run.warmup_steps,
         )
 
         torch.manual_seed(run.seed)
@@ -1636,15 +1646,15 @@ def from_pretrained(name_or_folder) -> Model:
     return open_weights(sys.modules[__name__], name_or_folder)
 
 
-def save_pretrained(model, folder, labels=None) -> None:
+def save_pretrained(model, folder, task: dict | None = None) -> None:
     """Write config.json and model.safetensors, which `transformers` opens with the same results.
 
-    labels: names of what a fine-tuned model tells apart. Raises ValueError for a variant that it
-    has no class for, OSError where nothing can be written.
+    task: of a fine-tuned model, the fields of `Task`. Raises ValueError for a variant that
+    `transformers` has no class for, OSError where nothing can be written.
     """
     from data import save_published
 
-    save_published(folder, to_published(model.config), published_weights(model), labels)
+    save_published(folder, to_published(model.config), published_weights(model), task)
 
 
 Model.from_pretrained, Model.save_pretrained = staticmethod(from_pretrained), save_pretrained

@@ -186,12 +186,13 @@ def set_aside(folder) -> None:
     aside = folder / "before"
     if ranks()[0] > 0 or not (folder / "best.pt").exists():
         return
+    older = aside.exists()
     with naming(aside):
         aside.mkdir(exist_ok=True)
         for name in RUN_FILES:
             if (folder / name).exists():
                 os.replace(folder / name, aside / name)
-    say(f"the run that {folder} held is in {aside} now")
+    say(f"the run that {folder} held is in {aside} now" + (", in place of an older one" * older))
 
 
 def made(path, make) -> Path:
@@ -554,11 +555,17 @@ def read_piece(piece: tuple[Path, int, int]) -> list[str]:
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{path} is not UTF-8 text: byte 0x{raw[error.start]:02x} at offset "
-            f"{start + error.start:,}; convert it (iconv -f latin1 -t utf-8), "
+            f"{start + error.start:,}; {conversion(path)}, "
             f"or drop such bytes (iconv -c -f utf-8 -t utf-8)"
         ) from None
     text = text.removeprefix("\ufeff") if start == 0 else text
     return re.split(rf"\n?{re.escape(SEPARATOR)}\n?", text)
+
+
+def conversion(path) -> str:
+    """How a file that is no UTF-8 can be converted."""
+    wide = read_bytes(path, 0, 2) in (b"\xff\xfe", b"\xfe\xff")  # as Windows' editors begin one
+    return f"convert it (iconv -f {'utf-16' if wide else 'latin1'} -t utf-8)"
 
 
 def count_piece(piece: tuple[Path, int, int]) -> Counter:
@@ -859,8 +866,7 @@ def read_table(path, columns, optional=()) -> list[dict]:
     try:
         rows = list((csv_rows if path.suffix == ".csv" else jsonl_rows)(path))
     except UnicodeDecodeError:
-        raise ValueError(
-            f"{path} is not UTF-8 text; convert it (iconv -f latin1 -t utf-8)") from None
+        raise ValueError(f"{path} is not UTF-8 text; {conversion(path)}") from None
     return check_rows(rows, path, columns, optional)
 
 
@@ -1666,6 +1672,8 @@ class Parser(argparse.ArgumentParser):
             near += ["--data " + unknown[1]] if Path(unknown[1]).exists() else []
             message = (f"there is no flag {unknown[1]}"
                        + (f"; did you mean {near[0]}?" if near else ""))
+            if "--prompt" in flags and not unknown[1].startswith("-"):
+                message += '; a text goes in quotes behind --prompt: --prompt "Once upon a time"'
         raise ValueError(f"{message} ({self.prog} --help lists the flags)")
 
 
@@ -1998,7 +2006,7 @@ def interrupts():
             raise KeyboardInterrupt
         pressed.append(number)
         with contextlib.suppress(RuntimeError):  # it came in the middle of another print
-            say("", "stopping after this step; Ctrl-C once more stops at once")
+            say("", "stopping after this step; Ctrl-C once more stops at once, and saves nothing")
 
     with on_signals(note, signal.SIGINT, signal.SIGTERM):
         yield pressed
@@ -2092,6 +2100,9 @@ def train_command(paradigm, settings: dict, given: dict) -> int:
             if given.get("optimizer", learned) != learned:
                 raise ValueError(f"--optimizer {given['optimizer']} does not fit the checkpoint, "
                                  f"which has the state of {learned}: leave it out")
+            source = checkpoint["run"].get("data")
+            if given.get("data", source) != source:
+                say(f"the data is another than before ({source}): losses do not compare")
             settings |= checkpoint["objective"] | checkpoint["run"] | given
             settings["out_dir"] = folder  # also when it has been moved since
     config, objective, run = (
@@ -2140,10 +2151,11 @@ def finish(paradigm, trainer, command: str) -> int:
         trainer.log.say(f"stopped at step {trainer.step}. "
                         f"To go on: {start} {command}--init_from resume{again}")
         return 130
+    table = [*trainer.table.splitlines(), ""] if trainer.table else []
     if trainer.stops_early:
         trainer.log.say("the held-out loss no longer falls: stopped; best.pt has the best of it")
     trainer.log.say(
-        *("", trainer.show(400).strip(), "", *trainer.table.splitlines()),
+        *("", trainer.show(400).strip(), "", *table),
         f"Done: {run.out_dir} holds the checkpoints, log.jsonl and loss.svg. Try next:",
         f"  {start} generate{again}",
         f"  {start} eval{again}",
@@ -2162,8 +2174,11 @@ def load_checkpoint(paradigm, path):
     parts = dict(config=paradigm.Config, objective=paradigm.ObjectiveConfig,
                  run=paradigm.FinetuneConfig, task=paradigm.Task)
     if not path.is_file():
+        command = f"{name}.py finetune" if path.parent.name.endswith("finetuned") else f"{name}.py"
         raise ValueError(
-            f"there is no checkpoint {path}: train one, or name another with --init_from")
+            f"there is no checkpoint {path}: first `python {command}`, or name one by --init_from")
+    if not path.with_name("tokenizer.json").exists():
+        raise ValueError(f"{path.parent} has no tokenizer.json, which belongs to {path.name}")
     try:
         checkpoint = {"task": None, **unpickle(path)}
         for key, kind in dict(name=str, step=int, documents=int, best_loss=float).items():
@@ -2261,11 +2276,16 @@ def open_published(paradigm, name_or_folder):
     return model.eval()
 
 
-def save_published(folder, config: dict, weights: dict, labels=None) -> None:
-    """Write config.json and model.safetensors. labels: what a fine-tuned model tells apart."""
-    if labels:
-        config["id2label"] = dict(enumerate(labels))
-        config["label2id"] = {label: i for i, label in enumerate(labels)}
+def save_published(folder, config: dict, weights: dict, task: dict | None) -> None:
+    """Write config.json and model.safetensors. task: what the model was fine-tuned for, which stays
+    readable for us as "task", and for `transformers` as names of labels."""
+    if Path(folder).is_file():
+        raise ValueError(f"{folder} is a file: name a folder")
+    if task:
+        labels = task.get("labels", [])
+        config |= dict(task=task) | (dict(
+            id2label=dict(enumerate(labels)), label2id={label: i for i, label in enumerate(labels)}
+        ) if labels else {})
     save_weights(folder, weights)
     with replacing(Path(folder) / "config.json", "w") as file:
         json.dump(config, file, indent=1)
@@ -2292,11 +2312,13 @@ def open_model(paradigm, path):
         say(f"{file}: step {checkpoint['step']}")
     else:
         model = open_published(paradigm, path)
-        objective, run, task = paradigm.ObjectiveConfig(), paradigm.TrainConfig(), None
-        if getattr(model.config, "n_labels", 0):  # a BERT that was fine-tuned
-            names = read_config(pretrained_folder(path))["id2label"]  # {"0": name, "1": ...}
-            names = sorted(dict(names).items(), key=lambda item: int(item[0]))
-            task = vars(paradigm.Task(labels=[str(name) for _, name in names]))
+        objective, run = paradigm.ObjectiveConfig(), paradigm.TrainConfig()
+        found = read_config(pretrained_folder(path))
+        task = found.get("task") if type(found.get("task")) is dict else None
+        if getattr(model.config, "n_labels", 0):  # a BERT that was fine-tuned, here or elsewhere
+            names = sorted(dict(found["id2label"]).items(), key=lambda item: int(item[0]))
+            task = dict(labels=[str(name) for _, name in names]) | (task or {})
+        task = task and vars(build(paradigm.Task, task))
         checkpoint = dict(
             step=0, config=vars(model.config), objective=vars(objective), run=vars(run), task=task,
             documents=1, model=model.state_dict(), tokenizer=Tokenizer.from_pretrained(path),
@@ -2328,7 +2350,8 @@ def eval_command(paradigm, settings: dict, given: dict) -> int:
             parts["validation"] += parts["train"]
         examples = Examples(task, parts["validation"], tokenizer, config, parts["train"])
         found, table = paradigm.evaluate_task(task, model, examples, autocast, options.batch_size)
-        say(*table.splitlines())
+        if table:
+            say(table)
         print(json.dumps(row | found))
         return 0
     objective = build(paradigm.ObjectiveConfig, checkpoint["objective"])
@@ -2376,7 +2399,7 @@ def export_command(paradigm, settings: dict, given: dict) -> int:
     if not to:
         raise ValueError("say which folder to write, with --to")
     model, checkpoint, _, _ = load_model(paradigm, build(paradigm.RunConfig, settings))
-    model.save_pretrained(to, labels=(checkpoint["task"] or {}).get("labels"))
+    model.save_pretrained(to, task=checkpoint["task"])
     save_tokenizer(checkpoint["tokenizer"], to, paradigm.ROLES, paradigm.TEMPLATE)
     say(f"{to} holds config.json, model.safetensors and tokenizer.json")
     return 0

@@ -853,7 +853,12 @@ class Task:
         self, model: Model, tokenizer, prompt: str, options: GenerateConfig, on_text=None
     ) -> list[str]:
         """What the model answers: until it ends, or the context does."""
-        ids = self.encode_prompt(prompt, tokenizer)[-(model.config.block_size // 2) :]
+        from data import say
+
+        ids = self.encode_prompt(prompt, tokenizer)
+        if len(ids) > model.config.block_size // 2:
+            ids = ids[-(model.config.block_size // 2) :]
+            say(f"the prompt is long: only its last {len(ids)} tokens are read")
         room = model.config.block_size + 1 - len(ids)
         options = replace(
             options, max_new_tokens=min(options.max_new_tokens, room),
@@ -1060,6 +1065,7 @@ class FinetuneConfig(TrainConfig):
     lr: float = FINETUNING["laptop"]["lr"]  # AdamW's highest learning rate
     matrix_lr: float = FINETUNING["laptop"]["matrix_lr"]  # Muon's highest learning rate
     weight_decay: float = FINETUNING["laptop"]["weight_decay"]  # as in training
+    warmup_steps: int = 20  # steps in which the learning rate rises (at most a fifth of all)
     log_interval: int = 20  # steps between two lines of the log
     eval_interval: int = FINETUNING["laptop"]["eval_interval"]  # as in training (0: an epoch)
     freeze: int = 0  # so many of the lowest layers, and the embeddings, stay as they are
@@ -1277,6 +1283,8 @@ class Trainer:
         self.run = run = replace(
             run, max_steps=steps, epochs=0.0, dtype=str(self.dtype).removeprefix("torch."),
             eval_interval=run.eval_interval or math.ceil(epoch / run.rows),
+            # Few examples make few steps; not all of them are to be warm-up.
+            warmup_steps=min(run.warmup_steps, steps // 5) if self.task else run.warmup_steps,
         )
 
         torch.manual_seed(run.seed)
@@ -1540,15 +1548,15 @@ def from_pretrained(name_or_folder) -> Model:
     return open_weights(sys.modules[__name__], name_or_folder)
 
 
-def save_pretrained(model, folder, labels=None) -> None:
+def save_pretrained(model, folder, task: dict | None = None) -> None:
     """Write config.json and model.safetensors, which `transformers` opens with the same results.
 
-    labels: names of what a fine-tuned model tells apart. Raises ValueError for a variant that it
-    has no class for, OSError where nothing can be written.
+    task: of a fine-tuned model, the fields of `Task`. Raises ValueError for a variant that
+    `transformers` has no class for, OSError where nothing can be written.
     """
     from data import save_published
 
-    save_published(folder, to_published(model.config), published_weights(model), labels)
+    save_published(folder, to_published(model.config), published_weights(model), task)
 
 
 Model.from_pretrained, Model.save_pretrained = staticmethod(from_pretrained), save_pretrained

@@ -3523,6 +3523,17 @@ def test_an_exported_classifier_is_opened_by_transformers_and_by_us(stories, cap
     assert torch.equal(*heads)
 
 
+def test_an_exported_fine_tuning_answers_as_the_run_does(stories, capsys):
+    for script in gpt, t5:
+        command(script, "--data", stories, *SMALL, "--max_steps", 2, "--out_dir", script.NAME)
+        more = ["--task_prefix", "ask: "] if script is t5 else []
+        command(script, "finetune", "--init_from", script.NAME, "--data", examples_for(script),
+                "--out_dir", f"{script.NAME}-a", "--max_steps", 2, *more)
+        command(script, "export", "--out_dir", f"{script.NAME}-a", "--to", f"{script.NAME}-f")
+        opened = [data.open_model(script, f"{script.NAME}-{end}")[0]["task"] for end in "af"]
+        assert opened[0] == opened[1] is not None
+
+
 def test_labels_that_are_only_held_out_or_all_the_same():
     config = bert.BERTConfig(**TINY)
     parts = dict(train=[dict(label="b"), dict(label="a")], validation=[dict(label="c")])
