@@ -67,6 +67,19 @@ def own_seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def short_samples(monkeypatch):
+    """The sample at a run's end, 400 tokens, would take most of the time of the runs here."""
+    for script in gpt, bert, t5:
+        show = script.Trainer.show
+
+        @functools.wraps(show)
+        def short(self, length, show=show):
+            return show(self, min(length, 40))
+
+        monkeypatch.setattr(script.Trainer, "show", short)
+
+
 # --------------------------------------------------------------------------------------------------
 # bpe.py
 # --------------------------------------------------------------------------------------------------
