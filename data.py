@@ -2073,13 +2073,6 @@ def last_checkpoint(folder: str) -> Path:
     return path
 
 
-def keep_apart(folder: str, init_from: str) -> None:
-    """Raises ValueError where a run would begin with the weights in its own folder."""
-    origin = Path(init_from).resolve()
-    if Path(folder).resolve() in (origin, origin.parent):
-        raise ValueError(f"{folder} holds the model to start from: set another --out_dir")
-
-
 def train_command(paradigm, settings: dict, given: dict) -> int:
     """Train, from scratch, from a checkpoint's weights, or where a run was stopped."""
     init_from, checkpoint, folder = settings["init_from"], None, settings["out_dir"]
@@ -2093,9 +2086,7 @@ def train_command(paradigm, settings: dict, given: dict) -> int:
                 raise ValueError(f"--{name} {given[name]} does not fit the checkpoint, "
                                  f"which has {value}: leave it out")
         settings |= checkpoint["config"] | {k: v for k, v in given.items() if k == "dropout"}
-        if init_from != "resume":
-            keep_apart(folder, init_from)
-        else:
+        if init_from == "resume":
             learned = checkpoint["run"].get("optimizer")
             if given.get("optimizer", learned) != learned:
                 raise ValueError(f"--optimizer {given['optimizer']} does not fit the checkpoint, "
@@ -2123,8 +2114,8 @@ def finetune_command(paradigm, settings: dict, given: dict) -> int:
         raise ValueError(
             f"nothing to start from: there is no {init_from} yet. First `python {paradigm.NAME}.py`"
             ", or name a run, a checkpoint or a published model with --init_from")
-    if not resuming:
-        keep_apart(folder, init_from)
+    if not resuming and Path(folder).resolve() in (origin.resolve(), origin.resolve().parent):
+        raise ValueError(f"{folder} holds the model to start from: set another --out_dir")
     checkpoint, model = open_model(paradigm, last_checkpoint(folder) if resuming else init_from)
     if resuming and not checkpoint["task"]:
         raise ValueError(f"{folder} holds a pretraining: go on with `train`")

@@ -1390,10 +1390,12 @@ def test_a_run_from_scratch_sets_the_earlier_one_aside(stories, capsys, script=g
     assert {path.name: path.read_bytes() for path in Path("run/before").iterdir()} == before
     assert torch.load("run/ckpt.pt", weights_only=True)["step"] == 2
     command(script, "--init_from", "resume", "--out_dir", "run/before", "--max_steps", 6)
-    assert "holds the model to start from" in mistake(script, capsys, "--init_from", "run", *common, 4)
-    assert "nothing is left to do" not in capsys.readouterr().err
-    command(script, "--init_from", "resume", "--out_dir", "run", "--max_steps", 2)
-    assert "nothing is left to do: run is at step 2 already" in capsys.readouterr().err
+    best = weights_of("run/best.pt")
+    command(script, "--init_from", "run", *common, 1)  # from its own weights, which stay, too
+    assert all(value.equal(best[name]) for name, value in weights_of("run/before/best.pt").items())
+    assert "in place of an older one" in capsys.readouterr().err
+    command(script, "--init_from", "resume", "--out_dir", "run", "--max_steps", 1)
+    assert "nothing is left to do: run is at step 1 already" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("field, value", [("pos", "rope"), ("norm", "prenorm"), ("act", "GELU")])
