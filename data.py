@@ -180,16 +180,18 @@ RUN_FILES = ("ckpt.pt", "best.pt", "tokenizer.json", "run.json", "log.jsonl", "l
 
 
 def set_aside(folder) -> None:
-    """Move the files of an earlier run, if it made a step, into FOLDER/before, whose own are lost:
-    a run from scratch that was started by mistake costs nothing."""
+    """Move the files of an earlier run into FOLDER/before: a run from scratch that was started by
+    mistake costs nothing. What is there already gives way to a run that was evaluated, and not to
+    one that was stopped earlier; nothing is moved of one that has not logged a step."""
     folder = Path(folder)
-    aside = folder / "before"
-    if ranks()[0] > 0 or not (folder / "best.pt").exists():
+    aside, log = folder / "before", folder / "log.jsonl"
+    older, logged = aside.exists(), log.exists() and log.stat().st_size > 0
+    if ranks()[0] > 0 or not logged or (older and not (folder / "best.pt").exists()):
         return
-    older = aside.exists()
     with naming(aside):
         aside.mkdir(exist_ok=True)
         for name in RUN_FILES:
+            (aside / name).unlink(missing_ok=True)
             if (folder / name).exists():
                 os.replace(folder / name, aside / name)
     say(f"the run that {folder} held is in {aside} now" + (", in place of an older one" * older))
@@ -2295,6 +2297,19 @@ def open_weights(paradigm, path):
     return load_checkpoint(paradigm, file)[1].eval() if file else open_published(paradigm, path)
 
 
+def published_task(paradigm, config, found: dict) -> dict | None:
+    """What a published model was fine-tuned for, as config.json says; None if it was not. Raises
+    ValueError where its labels are not those of its head."""
+    task = found.get("task") if type(found.get("task")) is dict else None  # (exported here)
+    labels = getattr(config, "n_labels", 0)
+    if labels:  # a BERT, fine-tuned here or elsewhere: {"0": name, "1": name, ...}
+        names = found["id2label"] if type(found["id2label"]) is dict else {}
+        if {*names} != {*map(str, range(labels))}:
+            raise ValueError(f"the labels in its config.json are not 0 to {labels - 1}")
+        task = (task or {}) | {"labels": [str(names[str(i)]) for i in range(labels)]}
+    return task and vars(build(paradigm.Task, task))
+
+
 def open_model(paradigm, path):
     """(checkpoint, model): of a checkpoint, of the run in a folder, or of a published model."""
     file = checkpoint_at(path)
@@ -2304,12 +2319,8 @@ def open_model(paradigm, path):
     else:
         model = open_published(paradigm, path)
         objective, run = paradigm.ObjectiveConfig(), paradigm.TrainConfig()
-        found = read_config(pretrained_folder(path))
-        task = found.get("task") if type(found.get("task")) is dict else None
-        if getattr(model.config, "n_labels", 0):  # a BERT that was fine-tuned, here or elsewhere
-            names = sorted(dict(found["id2label"]).items(), key=lambda item: int(item[0]))
-            task = dict(labels=[str(name) for _, name in names]) | (task or {})
-        task = task and vars(build(paradigm.Task, task))
+        task = published_task(paradigm, model.config, read_config(pretrained_folder(path)))
+        run.data = "" if task else run.data
         checkpoint = dict(
             step=0, config=vars(model.config), objective=vars(objective), run=vars(run), task=task,
             documents=1, model=model.state_dict(), tokenizer=Tokenizer.from_pretrained(path),

@@ -1396,6 +1396,15 @@ def test_a_run_from_scratch_sets_the_earlier_one_aside(stories, capsys, script=g
     assert "in place of an older one" in capsys.readouterr().err
     command(script, "--init_from", "resume", "--out_dir", "run", "--max_steps", 1)
     assert "nothing is left to do: run is at step 1 already" in capsys.readouterr().err
+    # One that was stopped before it was evaluated is moved as well, but in place of no other.
+    Path("run/best.pt").unlink()
+    command(script, *common, 1)
+    assert all(value.equal(best[name]) for name, value in weights_of("run/before/best.pt").items())
+    shutil.rmtree("run/before")
+    Path("run/best.pt").unlink()
+    stopped = Path("run/ckpt.pt").read_bytes()
+    command(script, *common, 1)
+    assert Path("run/before/ckpt.pt").read_bytes() == stopped
 
 
 @pytest.mark.parametrize("field, value", [("pos", "rope"), ("norm", "prenorm"), ("act", "GELU")])
@@ -1417,7 +1426,7 @@ def test_shapes_that_generation_cannot_take():
 
 
 def test_slips_of_the_hand(stories, capsys):
-    """A flag with hyphens, a command misspelt, a file without --data, a folder that is not there."""
+    """A flag with hyphens, a command misspelt, a file without --data, a folder that is missing."""
     Path("texts.csv").write_text("text,label")
     Path("out").mkdir()
     for arguments, hint in (
@@ -1427,7 +1436,7 @@ def test_slips_of_the_hand(stories, capsys):
         (["train", "texts.csv"], "did you mean --data texts.csv?"),
         (["generate", "--init_from", "out/mien"], "out has nothing of that name"),
         (["generate", "--init_from", "out"], "out holds no run (ckpt.pt) and no published model"),
-        (["--out_dir", "texts.csv", "--data", stories, *SMALL], "texts.csv is a file: name a folder"),
+        (["--out_dir", "texts.csv", "--data", stories, *SMALL], "is a file: name a folder"),
     ):
         assert hint in mistake(gpt, capsys, *arguments), arguments
 
@@ -3531,7 +3540,13 @@ def test_an_exported_classifier_is_opened_by_transformers_and_by_us(stories, cap
     for ours in trained, bert.BERT.from_pretrained("folder"):
         assert (ours.eval().classify(idx, mask=mask) - expected).abs().max() < 1e-5
     command(bert, "generate", "--init_from", "folder", "--prompt", "The sea")
-    assert sorted(line.split()[0] for line in capsys.readouterr().out.splitlines()) == ["cat", "dog"]
+    shown = capsys.readouterr().out.splitlines()
+    assert sorted(line.split()[0] for line in shown) == ["cat", "dog"]
+    config = json.loads(Path("folder/config.json").read_text())
+    for names in ["cat", "dog"], [1, 2], {"0": "cat", "x": "dog"}:
+        Path("folder/config.json").write_text(json.dumps(config | dict(id2label=names)))
+        assert "labels in its config.json are not 0 to 1" in mistake(
+            bert, capsys, "generate", "--init_from", "folder", "--prompt", "The sea")
     # Pretraining can go on from there: the head that nothing asks stays as it is.
     command(bert, "--init_from", "a", "--data", stories, "--max_steps", 1, "--out_dir", "more")
     heads = [weights_of(f"{folder}/best.pt")["model.label_head.weight"] for folder in ("a", "more")]
@@ -3950,11 +3965,11 @@ def median_seconds(function, times: int = 5) -> float:
     return sorted(seconds[3:])[times // 2]
 
 
-def speeds_of_transformers(script, model, batch: dict) -> dict[str, float]:
-    """Tokens per second of a model of theirs, under the names that `bench` has for them."""
+def speeds_of_transformers(script, model, batch: dict):
+    """Yield (what was measured, the name that `bench` has for it, tokens per second) of a model of
+    theirs."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    tokens = sum(batch[name].numel() for name in ("input_ids", "labels") if script is t5) or (
-        batch["input_ids"].numel())
+    tokens = batch["input_ids"].numel() + (batch["labels"].numel() if script is t5 else 0)
 
     def step(bfloat16: bool):
         with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
@@ -3971,13 +3986,14 @@ def speeds_of_transformers(script, model, batch: dict) -> dict[str, float]:
                        pad_token_id=0)
 
     model.train()
-    found = {"training, as it ships": tokens / median_seconds(lambda: step(False)),
-             "training, bfloat16 autocast": tokens / median_seconds(lambda: step(True))}
+    for name, bfloat16 in ("as it ships", False), ("bfloat16 autocast", True):
+        speed = tokens / median_seconds(lambda: step(bfloat16))
+        yield f"training, {name}", "tokens_per_second", speed
+    model.eval()
     if script is not bert:
-        model.eval()
-        for name, rows in ("generation, 1 sequence", 1), ("generation, 32 sequences", 32):
-            found[name] = rows * 120 / median_seconds(lambda: write(rows), 3)
-    return found
+        for rows, kind in (1, "generate"), (32, "generate_batch"):
+            key = f"{kind}_tokens_per_second"
+            yield f"generation, {rows}", key, rows * 120 / median_seconds(lambda: write(rows), 3)
 
 
 @pytest.mark.skipif("BESIDE" not in os.environ, reason="minutes: BESIDE=1 pytest -s -k beside")
@@ -4002,18 +4018,14 @@ def test_speed_beside_transformers(script):
         again = again.prediction_logits if script is bert else again.logits
     assert torch.allclose(logits, again, atol=1e-3)
     flags = [f"--{name}={value}" for name, value in (BESIDE_SIZES | length).items()]
-    names = {"training": "tokens_per_second", "generation, 1": "generate_tokens_per_second",
-             "generation, 32": "generate_batch_tokens_per_second"}
     ratios = collections.defaultdict(list)
     for _ in range(3):
         done = subprocess.run(
             [sys.executable, script.__file__, "bench", "--optimizer=adamw", "--batch_size=16",
              "--device=cpu", *flags], capture_output=True, text=True, check=True)
         bench = json.loads(done.stdout.splitlines()[-1])
-        for name, speed in speeds_of_transformers(script, theirs, batch).items():
-            ratios[name].append(bench[names[name.removesuffix(" sequences").removesuffix(
-                " sequence").removesuffix(", as it ships").removesuffix(", bfloat16 autocast")]]
-                / speed)
+        for name, key, speed in speeds_of_transformers(script, theirs, batch):
+            ratios[name].append(bench[key] / speed)
     print(f"\n{script.NAME}.py: {bench['tokens_per_second']:,.0f} tokens per second of training")
     for name, values in ratios.items():
         print(f"  {name:<28} {sorted(values)[1]:.2f} x")
