@@ -13,8 +13,8 @@ segment B continue segment A, or does it come from another document (next-senten
 The architecture is that of the Transformer's encoder. Each position holds a vector, the residual
 stream: the sum of a token's, a position's and a segment's embedding. Blocks add to it what
 attention brings (every position looks at every other) and what a feed-forward makes of it (each
-thinks alone), and normalize after each. On top stand three small heads: for hidden tokens, for the
-pair, and after fine-tuning for labels. No text is generated; BERT is for understanding it.
+position by itself), and normalize after each. On top stand three small heads: for hidden tokens,
+for the pair, and after fine-tuning for labels. No text is generated; BERT is for understanding it.
 
     python bert.py                                  train on input.txt: 4 to 5 minutes on a laptop
     python bert.py generate --prompt "The cat sat on the [MASK]."     fill what is hidden
@@ -28,41 +28,45 @@ pair, and after fine-tuning for labels. No text is generated; BERT is for unders
 
 The lesson of this file is how to leave the plateau, on which the loss of a BERT that is trained
 from scratch may stay for hours: see `BERT.init_attention`. It reads from top to bottom: 1 this
-page, 2 the configuration, 3 layers, 4 the model, 5 the objective, 6 generation, 7 published
-weights, 8 fine-tuning, 9 training, 10 the command line. Copied alone into a project, this file
-still gives `from bert import BERT, BERTConfig`; its commands need bpe.py (the tokenizer) and
-data.py (files, downloads, the log) beside it. To learn, change things: `--pos rotary` (which loss
-falls faster?), `--nsp false`, `--mask_prob 0.5`; leave `init_attention` out (when does mlm_loss
-leave 5.4?); `causal=True` in Attention (why are half of the pairs wrong then?).
+page, 2 the configuration, 3 layers, 4 the model, 5 pretraining, 6 fine-tuning, 7 published weights,
+9 training (8 is GPT's alone). Copied alone into a project, it still gives `from bert import BERT,
+BERTConfig`; its commands need bpe.py (tokenizers) and data.py (files, flags, log) beside it. To
+learn, change things: `--pos rotary` (which loss falls faster?), `--nsp false`, `--mask_prob 0.5`;
+leave `init_attention` out (when does mlm_loss leave 5.4?).
 
 Papers: Devlin et al. 2019, https://arxiv.org/abs/1810.04805 (BERT); Vaswani et al. 2017,
 https://arxiv.org/abs/1706.03762 (attention).
 """
 
-import os
-import signal
-
-if __name__ == "__main__":  # Ctrl-C while the packages load leaves no traceback
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
-
-import functools
-import itertools
 import json
 import math
 import sys
-from dataclasses import asdict, dataclass, field, fields, replace
-from pathlib import Path
-from typing import Literal, get_args, get_origin
+import textwrap
+from dataclasses import dataclass, field, fields, replace
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.optim.adamw import adamw
 
-# --------------------------------------------------------------------------------------------------
-# 2. The configuration
-# --------------------------------------------------------------------------------------------------
+# 2. The configuration -----------------------------------------------------------------------------
+
+
+def check(config, **bounds):
+    """Raises ValueError where a field of the dataclass is of another type than declared, none of
+    its choices, or out of its bounds: least, or (least, most)."""
+    for option in fields(config):
+        value, kinds = getattr(config, option.name), get_args(option.type) or (option.type,)
+        whole = type(value) is int and float in kinds  # 1 does for 1.0
+        if not whole and type(value) not in kinds and value not in kinds:  # types, or choices
+            names = ", ".join(getattr(kind, "__name__", str(kind)) for kind in kinds)
+            raise ValueError(f"{option.name} cannot be {value!r}: it is one of {names}")
+        bound = bounds.get(option.name, -math.inf)
+        least, most = bound if type(bound) is tuple else (bound, math.inf)
+        if type(value) in (int, float) and not least <= value <= most:
+            limit = f"at least {least}" if most == math.inf else f"between {least} and {most}"
+            raise ValueError(f"{option.name} has to be {limit}, not {value}")
 
 
 @dataclass
@@ -86,73 +90,36 @@ class BERTConfig:
     n_labels: int = 0  # classes that `classify` tells apart (0: it has no such head)
 
     def __post_init__(self):
-        check_choices(self)
-        at_least(self, 1, "vocab_size", "n_layer", "n_head", "n_embd", "n_ff", "n_segments")
-        at_least(self, 8, "block_size")  # for a pair
-        at_least(self, 0, "n_labels")
+        check(self, vocab_size=1, block_size=8, n_layer=1, n_head=1, n_embd=1, n_ff=1,
+              dropout=(0, 1), n_segments=1, n_labels=0)
         if self.n_embd % self.n_head:
-            raise ValueError(
-                f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}: "
-                "change one of them"
-            )
-        if self.pos == "rotary" and self.key_width % 2:
-            raise ValueError(
-                f"rotary positions turn pairs of numbers: n_embd / n_head, here {self.key_width}, "
-                "has to be even"
-            )
+            raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}: "
+                             "change one of them")
+        width = self.n_embd // self.n_head
+        if self.pos == "rotary" and width % 2:
+            raise ValueError(f"rotary positions turn pairs: n_embd / n_head, here {width}, is odd")
         if self.nsp and self.n_segments < 2:
             raise ValueError("next-sentence prediction takes n_segments 2, or set --nsp false")
-        if self.block_size * max(self.n_embd, self.n_head * self.key_width) > 1 << 28:
-            raise ValueError(f"block_size {self.block_size} takes a table of over 1 GiB")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout {self.dropout} is not between 0 and 1")
-
-    @property
-    def key_width(self) -> int:
-        """Width of a head's queries and keys."""
-        return self.n_embd // self.n_head
-
-    @property
-    def ff_width(self) -> int:
-        """Width inside a feed-forward."""
-        return 4 * self.n_embd if self.n_ff is None else self.n_ff
 
 
 Config, NAME = BERTConfig, "bert"  # so named, what the files have in common is the same text
 
-PRESETS = {  # BERT's two sizes have 110 M and 340 M parameters
-    "laptop": dict(vocab_size=1024, block_size=128, n_layer=3, n_head=4, n_embd=128),
-    "t4": dict(vocab_size=8192, block_size=256, n_layer=8, n_head=8, n_embd=512),  # for that GPU
+PRESETS = {  # sizes, and what goes with them in training; the first is the default
+    "laptop": dict(vocab_size=1024, block_size=128, n_layer=3, n_head=4, n_embd=128,
+                   max_steps=2200, batch_size=32, log_interval=50, eval_interval=550),
+    "t4": dict(vocab_size=8192, block_size=256, n_layer=8, n_head=8, n_embd=512,  # for that GPU
+               max_steps=10000, batch_size=64, log_interval=50, eval_interval=500),
+    # BERT's two sizes have 110 M and 340 M parameters.
     "bert-base": dict(vocab_size=30522, block_size=512, n_layer=12, n_head=12, n_embd=768),
     "bert-large": dict(vocab_size=30522, block_size=512, n_layer=24, n_head=16, n_embd=1024),
 }
-RECIPES = {  # training settings that go with a preset (matrix_lr: Muon's, see 9); else laptop's
-    "laptop": dict(
-        max_steps=2200, batch_size=32, lr=0.003, matrix_lr=0.015, log_interval=50, eval_interval=550
-    ),
-    "t4": dict(max_steps=10000, batch_size=64, log_interval=50, eval_interval=500),
+FINETUNING = {  # "published" is for models 512 wide and more
+    "laptop": dict(epochs=30.0, batch_size=32, matrix_lr=0.01, weight_decay=0.1, eval_interval=150),
+    "published": dict(epochs=3.0, batch_size=16, optimizer="adamw", lr=3e-5, warmup_steps=50,
+                      weight_decay=0.01, eval_interval=0, mask_prob=0.0),
 }
 
-
-def at_least(config, least: int, *names: str) -> None:
-    """Raises ValueError where one of these fields is smaller (None stands for a default)."""
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and not value >= least:
-            raise ValueError(f"{name} has to be at least {least}, not {value}")
-
-
-def check_choices(config) -> None:
-    """Raises ValueError where a field that has a list of values, a Literal, has none of these."""
-    for option in fields(config):
-        value, values = getattr(config, option.name), get_args(option.type)
-        if get_origin(option.type) is Literal and value not in values:
-            raise ValueError(f"{option.name} {value!r} is none of {', '.join(values)}")
-
-
-# --------------------------------------------------------------------------------------------------
-# 3. Layers, from the bottom up
-# --------------------------------------------------------------------------------------------------
+# 3. Layers, from the bottom up --------------------------------------------------------------------
 # Shapes: B texts of T tokens, S tokens that they look at; C = n_embd numbers for each token; nh
 # heads, each with hd numbers for a query or a key, and vd for a value; V = vocab_size.
 
@@ -169,18 +136,18 @@ def attention(query, key, value, bias=None, causal=False, scale=None, dropout=0.
     scores of a wider head are no larger.
 
     The formula is the last three lines. In bfloat16 on a CPU it is 2.5 (T = 128) to 1.4 times (512)
-    as fast as PyTorch's fused kernel (all in one pass), which is taken on a GPU, from LONG keys on,
-    and for a single query.
+    as fast as PyTorch's fused kernel, which is taken on a GPU, for LONG texts, and for one query.
     """
-    T, S = query.size(-2), key.size(-2)
+    T, S, device = query.size(-2), key.size(-2), query.device.type
     scale = query.size(-1) ** -0.5 if scale is None else scale
-    fused = query.device.type != "cpu" or S >= LONG or T == 1
+    fused = device == "cuda" or device == "cpu" and (S >= LONG or T == 1)
     if causal and (T != S or bias is not None or not fused):  # the kernel's own mask: T = S
-        future = query.new_full((T, S), -math.inf).triu(1 + S - T)  # -inf: a weight of 0
+        # -inf, a weight of 0, right of the diagonal that ends in the last key: [0 0 -inf, 0 0 0]
+        future = query.new_full((T, S), -math.inf).triu(1 + S - T)  # (T, S)
         bias, causal = future if bias is None else bias + future, False
     if fused:
         return F.scaled_dot_product_attention(query, key, value, bias, dropout, causal, scale=scale)
-    scores = (query * scale) @ key.transpose(-2, -1)  # (B, nh, T, S)
+    scores = (query * scale) @ key.mT  # (B, nh, T, S)
     weights = F.softmax(scores if bias is None else scores + bias, dim=-1)
     return F.dropout(weights, dropout) @ value  # (B, nh, T, vd); (dropout is 0 outside training)
 
@@ -192,14 +159,14 @@ def sinusoids(length: int, width: int, base: float = 10000) -> torch.Tensor:
     return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1)[:, :width]
 
 
-def rotate(x, turn):
+def rotate(x, turns):
     """Rotary positions: turn pair i of the numbers at position t by the angle t / 10000^(2i / hd),
     so that the product of a query and a key depends on how far apart they are, and not on where
     they are (Su et al. 2021, https://arxiv.org/abs/2104.09864).
 
-    x (B, nh, T, hd); turn (2, T, hd / 2): the angles' cosines and sines -> (B, nh, T, hd).
+    x (B, nh, T, hd), turns (T, hd) the `sinusoids` of their positions -> (B, nh, T, hd).
     """
-    cos, sin = turn.to(x.dtype)
+    sin, cos = turns[:, ::2].to(x.dtype), turns[:, 1::2].to(x.dtype)  # (T, hd / 2)
     left, right = x.chunk(2, dim=-1)  # number i makes a pair with number i + hd / 2
     return torch.cat((left * cos - right * sin, left * sin + right * cos), dim=-1)
 
@@ -218,19 +185,21 @@ class Attention(nn.Module):
         super().__init__()
         self.n_head, self.dropout = config.n_head, config.dropout
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd)  # three maps in one
-        # For Muon (9) they are three matrices.
-        self.qkv.weight.maps = 3
+        self.qkv.weight.maps = 3  # Muon (9) takes them as 3 matrices
         self.proj = nn.Linear(config.n_embd, config.n_embd)
+        hd = config.n_embd // config.n_head
+        turns = sinusoids(config.block_size, hd) if config.pos == "rotary" else None
+        self.register_buffer("turns", turns, persistent=False)  # (block_size, hd)
 
-    def forward(self, x, bias=None, turn=None):
-        """x (B, T, C), bias (B, 1, 1, T), turn (2, T, hd / 2), see `rotate` -> (B, T, C)."""
-        B, T, C = x.shape
+    def forward(self, x, bias=None):
+        """x (B, T, C), bias (B, 1, 1, T) -> (B, T, C)."""
         query, key, value = (
-            part.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, nh, T, hd)
+            part.unflatten(-1, (self.n_head, -1)).transpose(1, 2)  # (B, nh, T, hd)
             for part in self.qkv(x).chunk(3, dim=-1)
         )
-        if turn is not None:
-            query, key = rotate(query, turn), rotate(key, turn)
+        if self.turns is not None:
+            turns = self.turns[: x.size(1)]
+            query, key = rotate(query, turns), rotate(key, turns)
         bias = None if bias is None else bias.to(query.dtype)
         mixed = attention(query, key, value, bias, dropout=self.dropout * self.training)
         mixed = self.proj(mixed.transpose(1, 2).flatten(2))  # (B, T, C)
@@ -242,13 +211,13 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        self.dropout = config.dropout
-        self.up = nn.Linear(config.n_embd, config.ff_width)
-        self.down = nn.Linear(config.ff_width, config.n_embd)
+        self.dropout, width = config.dropout, config.n_ff or 4 * config.n_embd
+        self.up = nn.Linear(config.n_embd, width)
+        self.down = nn.Linear(width, config.n_embd)
 
     def forward(self, x):
         """x (B, T, C) -> (B, T, C)."""
-        inner = F.gelu(self.up(x))  # (B, T, n_ff)
+        inner = F.gelu(self.up(x))  # (B, T, n_ff); exact, by erf (GPT-2's is approximated)
         return F.dropout(self.down(inner), self.dropout, self.training)  # (B, T, C)
 
 
@@ -271,17 +240,15 @@ class Block(nn.Module):
         y = x + sublayer(norm(x) if self.config.norm == "pre" else x)
         return norm(y) if self.config.norm == "post" else y
 
-    def forward(self, x, bias=None, turn=None, at=None):
+    def forward(self, x, bias=None, at=None):
         """x (B, T, C) -> (B, T, C), or with `at` (N,), places b * T + t, the results there (N, C):
         the feed-forward looks at each position alone, so it can leave out those not asked for."""
-        x = self.add(x, lambda h: self.attn(h, bias, turn), self.attn_norm)
+        x = self.add(x, lambda h: self.attn(h, bias), self.attn_norm)
         x = x if at is None else x.flatten(0, 1).index_select(0, at)
         return self.add(x, self.mlp, self.mlp_norm)
 
 
-# --------------------------------------------------------------------------------------------------
-# 4. The model
-# --------------------------------------------------------------------------------------------------
+# 4. The model -------------------------------------------------------------------------------------
 
 
 class BERT(nn.Module):
@@ -296,17 +263,13 @@ class BERT(nn.Module):
             self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
         elif config.pos == "sinusoidal":
             self.register_buffer("positions", self.first_positions(), persistent=False)
-        elif config.pos == "rotary":
-            table = sinusoids(config.block_size, config.key_width)  # sin, cos, sin, cos, ...
-            self.register_buffer(
-                "turns", torch.stack((table[:, 1::2], table[:, ::2])), persistent=False
-            )
         self.norm = make_norm(config)  # post-norm: of the embeddings; pre-norm: after the blocks
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         # For hidden tokens: head(norm(gelu(transform(x)))), as in BERT's code.
         self.transform = nn.Linear(config.n_embd, config.n_embd)
         self.transform_norm = make_norm(config)
         self.head = nn.Linear(config.n_embd, config.vocab_size)
+        self.register_buffer("never", torch.zeros(0, dtype=torch.long), persistent=False)  # `guess`
         if config.nsp or config.n_labels:
             self.pooler = nn.Linear(config.n_embd, config.n_embd)  # for the whole text
         if config.nsp:
@@ -316,6 +279,10 @@ class BERT(nn.Module):
         self.apply(self.init_weights)
         self.init_attention()
         self.head.weight = self.token_embedding.weight
+        if config.n_labels and config.n_embd < 512:
+            # A head that begins near zero asks a small model's [CLS] for nothing: 300 steps pass
+            # before anything is learned. Large scores have to be put right by the layers below.
+            nn.init.normal_(self.label_head.weight, std=1.0)
 
     @staticmethod
     def init_weights(module):
@@ -339,15 +306,15 @@ class BERT(nn.Module):
         is then a 128th of what a token gets to see, and of what the gradient says: the model learns
         how often tokens occur (a loss of 5.4 at 1,024 types), and for thousands of steps no more.
         The cure changes neither a shape nor a formula. Positions start as sinusoids p(t): there, d
-        steps further means that pair i of the numbers turns by the angle d / base^(2i / C), which
-        is why Vaswani et al. chose them (3.5). So a head's map for queries W_q, its pairs of
-        columns turned by the same angles, is a map for keys W_k with W_k p(t + d) = W_q p(t): the
-        query at t fits the key at t + d. In the first block, the heads begin with d = -1, 1, -2, 2,
-        ...; deeper blocks with an even view of everything. All sublayers begin with an output of
-        zero, so that positions reach each block unharmed; their last maps get a gradient all the
-        same, and what is below these from the second step on.
+        steps further means that pair i of the numbers turns by the angle d / base^(2i / C)
+        (Vaswani, 3.5). So a head's map for queries W_q, its pairs of columns turned by the same
+        angles, is a map for keys W_k with W_k p(t + d) = W_q p(t): the query at t fits the key at
+        t + d. In the first block, the heads begin with d = -1, 1, -2, 2, ...; deeper blocks with an
+        even view of everything. All sublayers begin with an output of zero, so that positions
+        reach each block unharmed.
         """
         C, base = self.config.n_embd, self.config.block_size
+        hd = C // self.config.n_head
         for block in self.blocks:
             nn.init.zeros_(block.attn.proj.weight)
             nn.init.zeros_(block.mlp.down.weight)
@@ -356,8 +323,8 @@ class BERT(nn.Module):
         query, key, _ = self.blocks[0].attn.qkv.weight.chunk(3)  # (C, C) each
         # A score sums C * hd products, and is divided by sqrt(hd): about 7 where query and key fit
         # (5 or 6 with tokens mixed in: half of the weight lies within two tokens of t + d).
-        nn.init.normal_(query, std=(7 / C / self.config.key_width**0.5) ** 0.5)
-        head = torch.arange(self.config.n_head).repeat_interleave(self.config.key_width)  # (C,)
+        nn.init.normal_(query, std=(7 / C / hd**0.5) ** 0.5)
+        head = torch.arange(self.config.n_head).repeat_interleave(hd)  # (C,)
         distance = (head // 2 + 1) * (2 * (head % 2) - 1)  # -1, 1, -2, 2, ...: one for each head
         if self.config.pos == "rotary":
             distance = 0 * distance  # no positions in x: there a query looks for its like
@@ -374,26 +341,22 @@ class BERT(nn.Module):
         for a real token, False for padding, which no token attends to. Raises ValueError where T
         exceeds block_size.
         """
-        T = idx.size(1)
-        if T > self.config.block_size:
-            raise ValueError(f"{T} tokens are more than block_size {self.config.block_size}")
+        config, T = self.config, idx.size(1)
+        if T > config.block_size:
+            raise ValueError(f"{T} tokens are more than block_size {config.block_size}")
         x = self.token_embedding(idx)  # (B, T, C)
-        if self.config.pos == "learned":
+        if config.pos == "learned":
             x = x + self.position_embedding.weight[:T]  # + (T, C)
-        elif self.config.pos == "sinusoidal":
+        elif config.pos == "sinusoidal":
             x = x + self.positions[:T]
-        turn = self.turns[:, :T] if self.config.pos == "rotary" else None  # (2, T, hd / 2)
-        x = x + (
-            self.segment_embedding.weight[0] if segments is None
-            else self.segment_embedding(segments)
-        )
-        x = x if self.config.norm == "pre" else self.norm(x)
-        x = F.dropout(x, self.config.dropout, self.training)
+        x = x + self.segment_embedding(torch.zeros_like(idx) if segments is None else segments)
+        x = x if config.norm == "pre" else self.norm(x)
+        x = F.dropout(x, config.dropout, self.training)
         bias = None if mask is None else padding_bias(mask)  # (B, 1, 1, T), hides the padding
         for block in self.blocks[:-1]:
-            x = block(x, bias, turn)
-        x = self.blocks[-1](x, bias, turn, at)
-        return self.norm(x) if self.config.norm == "pre" else x
+            x = block(x, bias)
+        x = self.blocks[-1](x, bias, at)
+        return self.norm(x) if config.norm == "pre" else x
 
     def forward(self, idx, segments=None, mask=None, at=None):
         """idx (B, T) int64 -> mlm_logits (B, T, V), nsp_logits (B, 2), or None without that head.
@@ -401,11 +364,11 @@ class BERT(nn.Module):
         at (N,) int64: the places b * T + t whose logits are asked for; mlm_logits are (N, V) then.
         nsp_logits: "B continues A", "B is from elsewhere". segments, mask: see `encode`.
         """
+        first = torch.arange(len(idx), device=idx.device) * idx.size(1)  # (B,): [CLS]'s places
         if at is None:
             hidden = self.encode(idx, segments, mask)  # (B, T, C)
-            whole = hidden[:, 0]  # (B, C): the state of [CLS]
+            whole = hidden.flatten(0, 1)[first]  # (B, C): the state of [CLS]
         else:
-            first = torch.arange(len(idx), device=idx.device) * idx.size(1)  # (B,): [CLS]'s places
             hidden = self.encode(idx, segments, mask, torch.cat((at, first)))
             hidden, whole = hidden.split((len(at), len(first)))  # (N, C), (B, C)
         mlm_logits = self.head(self.transform_norm(F.gelu(self.transform(hidden))))
@@ -425,311 +388,45 @@ class BERT(nn.Module):
         return self.label_head(F.dropout(whole, self.config.dropout, self.training))
 
     def loss(self, idx, segments, mask, mlm_labels, nsp_labels=None):
-        """The paper's loss (A.2), mean over hidden tokens + mean over pairs. (The training below
-        computes its own, see `loss_sum`.)
+        """The paper's loss (A.2), mean over hidden tokens + mean over pairs. mlm_labels (B, T): the
+        token that was there, -100 where nothing is asked. nsp_labels (B,): 0 if B continues A."""
+        return self.losses(idx, segments, mask, mlm_labels, nsp_labels)[0].sum()
 
-        mlm_labels (B, T) int64: the token that was there, -100 where nothing is asked; the head is
-        computed for the others alone. nsp_labels (B,) int64: 0 if B continues A, else 1.
-        """
+    def losses(self, idx, segments, mask, mlm_labels, nsp_labels=None):
+        """-> the two means of `loss` (2,), or the first (1,); mlm_logits (N, V), targets (N,),
+        nsp_logits (B, 2). The head is computed for the N tokens that are asked for alone."""
         at = (mlm_labels.flatten() != -100).nonzero()[:, 0]  # (N,)
         mlm_logits, nsp_logits = self(idx, segments, mask, at)
-        loss = F.cross_entropy(mlm_logits, mlm_labels.flatten()[at])
+        targets = mlm_labels.flatten()[at]  # (N,)
+        means = [F.cross_entropy(mlm_logits.float(), targets)]
         if nsp_labels is not None and nsp_logits is not None:
-            loss = loss + F.cross_entropy(nsp_logits, nsp_labels)
-        return loss
+            means.append(F.cross_entropy(nsp_logits.float(), nsp_labels))
+        return torch.stack(means), mlm_logits, targets, nsp_logits
+
+    @torch.no_grad()
+    def guess(self, idx, mask_id: int):
+        """idx (T,) int64 -> the places of its masks (M,), probabilities of the tokens there (M, V):
+        0 for ids in `never`, which are no text."""
+        at = (idx == mask_id).nonzero()[:, 0]
+        logits = self(idx[None], at=at)[0].float().index_fill(1, self.never, -math.inf)
+        return at, F.softmax(logits, dim=-1)
+
+    def fill(self, idx, mask_id: int):
+        """Fill all masks of idx (T,), the surest first: each guess knows of those before it."""
+        idx = idx.clone()
+        for _ in range(int((idx == mask_id).sum())):
+            at, probability = self.guess(idx, mask_id)
+            best, token = probability.max(dim=-1)  # (M,)
+            idx[at[best.argmax()]] = token[best.argmax()]
+        return idx
 
 
 Model = BERT
 
-# --------------------------------------------------------------------------------------------------
-# 5. The objective: say which tokens were hidden, and whether B continues A
-# --------------------------------------------------------------------------------------------------
-
-# A corpus (data.Corpus) has train and validation, arrays of token ids, and token_bytes, how many
-# bytes each token spells. `luck` is always a random number from [0, 1).
+# 5. Pretraining: say which tokens were hidden, and whether B continues A --------------------------
 
 SPECIAL_TOKENS = ["[PAD]", "[CLS]", "[SEP]", "[MASK]"]
 SEPARATOR = "[SEP]"  # before the first document, between documents and after the last
-TOKEN_LOSS = "mlm_loss"  # what perplexity is computed from
-
-
-@dataclass
-class ObjectiveConfig:
-    """What is hidden, and how long the sequences are."""
-
-    mask_prob: float = 0.15  # share of a sequence's tokens that are asked for
-    short_prob: float = 0.1  # share of batches that have a random, shorter length
-
-    def __post_init__(self):
-        if not 0 < self.mask_prob < 1:
-            raise ValueError(f"mask_prob {self.mask_prob} is not between 0 and 1")
-        if not 0 <= self.short_prob <= 1:
-            raise ValueError(f"short_prob {self.short_prob} is not between 0 and 1")
-
-
-class Documents:
-    """Where the documents of a stream of tokens lie; a single one is cut into several, since a
-    segment B from elsewhere has to come from another one.
-
-    starts, ends, sizes, total (n,) int64: document i is tokens[starts[i] : ends[i]], and total[i]
-    is how many tokens documents 0 to i have together.
-    """
-
-    def __init__(self, edges, length: int):
-        """edges (n + 1,): where the separators stand; length: of the pieces of a single one."""
-        starts, ends = edges[:-1] + 1, edges[1:]
-        starts, ends = starts[starts < ends], ends[starts < ends]  # none that is empty
-        if len(starts) == 1:
-            n = max((ends[0] - starts[0]) // length, 2)
-            cuts = np.linspace(starts[0], ends[0], n + 1).astype(np.int64)
-            starts, ends = cuts[:-1], cuts[1:]
-        self.starts, self.ends, self.sizes = starts, ends, ends - starts
-        self.total = np.cumsum(self.sizes)
-
-    def locate(self, number):
-        """number (n,) int64, of a token, separators not counted -> (document, place in stream)."""
-        document = np.searchsorted(self.total, number, side="right")
-        return document, self.ends[document] - (self.total[document] - number)
-
-    def elsewhere(self, document, luck):
-        """A token outside the document, all equally likely -> (its document, its place)."""
-        size = self.sizes[document]
-        number = (luck * (self.total[-1] - size)).astype(np.int64)
-        return self.locate(np.where(number < self.total[document] - size, number, number + size))
-
-    def around(self, document, token, length, luck):
-        """Where a window of at most `length` around the token begins -> (begin, length)."""
-        length = np.minimum(length, self.sizes[document])
-        begin = token - (luck * length).astype(np.int64)
-        return np.clip(begin, self.starts[document], self.ends[document] - length), length
-
-
-@functools.lru_cache(4)
-def documents_of(corpus, part: str, block_size: int) -> Documents:
-    """The documents of corpus.train or corpus.validation."""
-    return Documents(corpus.edges(part), 8 * block_size)
-
-
-def rows_per_epoch(corpus, config: Config, objective: ObjectiveConfig) -> int:
-    """How many sequences the training part fills. Raises ValueError where it is too short."""
-    T = config.block_size
-    texts = [int(documents_of(corpus, part, T).sizes.sum()) for part in ("train", "validation")]
-    if min(texts) < T:
-        raise ValueError(
-            f"the text is too short: {texts[0]} tokens to train on and {texts[1]} to validate do "
-            f"not fill sequences of {T}; give more text or a smaller --block_size"
-        )
-    return texts[0] // T
-
-
-def text_room(config: Config, T: int) -> int:
-    """How many of T tokens are text: all but [CLS] and the [SEP] behind each segment."""
-    return T - (3 if config.nsp else 2)
-
-
-def draw_segments(config: Config, documents, document, begin, length, foreign, generator):
-    """Cut windows into A and B, each at least a fifth; where foreign (n,) is 1, B becomes a piece
-    of another document. (The paper cuts between sentences, of which 128 tokens have about five.)
-
-    -> where the segments begin in the stream, and their lengths: a, a_length, b, b_length (n,)
-    int64. Without pairs the window is A, and b_length is -1.
-    """
-    if not config.nsp:
-        return begin, length, begin, np.full(len(begin), -1)
-    luck = generator.random((len(begin), 3))
-    a_length = np.maximum(np.rint((0.2 + 0.6 * luck[:, 0]) * length), 1).astype(np.int64)
-    b, b_length = begin + a_length, length - a_length
-    elsewhere, token = documents.elsewhere(document, luck[:, 1])
-    other, other_length = documents.around(elsewhere, token, b_length, luck[:, 2])
-    return begin, a_length, np.where(foreign, other, b), np.where(foreign, other_length, b_length)
-
-
-def lay_out(tokens, a, a_length, b, b_length, T: int, special: dict[str, int]):
-    """Rows [CLS] A [SEP] B [SEP], then [PAD] up to T; b_length -1 lays the second [SEP] onto the
-    first, and there is no B. tokens (N,), a, a_length, b, b_length (n,) int64
-
-    -> idx, segments (n, T) int64, and (n, T) bool: where the text's own tokens are.
-    """
-    column = np.arange(T)  # (T,)
-    a, a_length, b, b_length = (x[:, None] for x in (a, a_length, b, b_length))  # (n, 1)
-    end_a = 1 + a_length  # where the first [SEP] stands
-    end_b = end_a + 1 + b_length  # and the second
-    in_a = (column > 0) & (column < end_a)
-    in_b = (column > end_a) & (column < end_b)
-    place = np.where(in_a, a + column - 1, b + column - end_a - 1)
-    own = in_a | in_b
-    idx = tokens[np.where(own, place, 0)].astype(np.int64)
-    idx = np.where(own, idx, np.where(column > end_b, special["[PAD]"], special["[SEP]"]))
-    idx[:, 0] = special["[CLS]"]
-    return idx, ((column > end_a) & (column <= end_b)).astype(np.int64), own
-
-
-def hide_tokens(idx, own, real, mask_prob: float, ordinary, mask_id: int, generator):
-    """Choose tokens to ask for: mask_prob of a row's length, rounded, at least one.
-
-    8 in 10 of them become [MASK], 1 in 10 a random one of `ordinary` (k,), 1 in 10 stays (A.1): a
-    text in use has no [MASK] (3.1), and since any token may be asked for, the model keeps a guess
-    for each.
-    idx (n, T); own (n, T) bool: which may be chosen; real (n, T) bool: all but padding
-    -> (what the model gets to see, targets), (n, T).
-    """
-    luck = generator.random((*idx.shape, 3))
-    count = np.maximum(np.rint(mask_prob * real.sum(axis=1)), 1)  # (n,)
-    order = np.where(own, luck[:, :, 0], 2.0).argsort(axis=1)  # the text's own tokens come first
-    rank = order.argsort(axis=1)  # of each place in that order
-    chosen = (rank < count[:, None]) & own
-    fate = luck[:, :, 1]
-    seen = np.where(fate < 0.8, mask_id, idx)
-    replaced = ordinary[(luck[:, :, 2] * len(ordinary)).astype(np.int64)]
-    seen = np.where(fate >= 0.9, replaced, seen)
-    return np.where(chosen, seen, idx), np.where(chosen, idx, -100)
-
-
-def make_batch(corpus, config, objective, tokens, cuts, foreign, T, generator) -> dict:
-    """A batch, of cuts that `draw_segments` made: idx, segments, mlm_labels (n, T), with pairs
-    nsp_labels (n,), and where something is padded, mask (n, T)."""
-    special = corpus.tokenizer.special
-    idx, segments, own = lay_out(tokens, *cuts, T, special)
-    real = idx != special["[PAD]"]
-    ordinary = np.flatnonzero(corpus.token_bytes)  # tokens that spell something
-    seen, targets = hide_tokens(
-        idx, own, real, objective.mask_prob, ordinary, special["[MASK]"], generator)
-    arrays = dict(idx=seen, segments=segments, mlm_labels=targets)
-    arrays |= {"nsp_labels": foreign} if config.nsp else {}
-    arrays |= {} if real.all() else {"mask": real}
-    return {name: torch.from_numpy(array) for name, array in arrays.items()}
-
-
-def train_batch(
-    corpus, config: Config, objective: ObjectiveConfig, run: "TrainConfig", step: int
-) -> dict:
-    """A step's batch (see `make_batch`), which depends on (seed, step) alone.
-
-    An epoch picks places block_size tokens apart, from a random offset and in random order, and
-    lays a sequence around each, inside its document. Half of the pairs of a batch are neighbours.
-    One batch in ten is of a random, shorter length, the same for all its rows, so nothing has to be
-    padded but what a short document leaves empty. (The paper's code draws it for each example,
-    `short_seq_prob`.)
-    """
-    from data import shuffled_rows
-
-    rows, T, generator = run.rows, config.block_size, np.random.default_rng((run.seed, step))
-    if generator.random() < objective.short_prob:
-        T = int(generator.integers(8, T + 1))
-    documents = documents_of(corpus, "train", config.block_size)
-    n = rows_per_epoch(corpus, config, objective)
-    row, luck = shuffled_rows(n, run.seed, step * rows, rows)
-    document, token = documents.locate(((row + luck) / n * documents.total[-1]).astype(np.int64))
-    begin, length = documents.around(document, token, text_room(config, T), generator.random(rows))
-    foreign = (step * rows + np.arange(rows)) % 2
-    cuts = draw_segments(config, documents, document, begin, length, foreign, generator)
-    return make_batch(corpus, config, objective, corpus.train, cuts, foreign, T, generator)
-
-
-def eval_batches(corpus, config: Config, objective: ObjectiveConfig, rows: int):
-    """The whole validation part in windows, and with pairs each window twice, cut anew: with its
-    own B, and with another. Masks and pairs are always the same, whatever the seed and the number
-    of rows.
-    """
-    T = config.block_size
-    documents, room = documents_of(corpus, "validation", T), text_room(config, T)
-    windows = -(-documents.sizes // room)  # of each document, rounded up
-    document = np.repeat(np.arange(len(windows)), windows)
-    within = np.arange(len(document)) - (np.cumsum(windows) - windows)[document]
-    length = np.minimum(documents.sizes[document], room)
-    begin = np.minimum(  # a document's last window ends where the document ends
-        documents.starts[document] + within * room, documents.ends[document] - length)
-    if config.nsp:
-        document, begin, length = (np.repeat(x, 2) for x in (document, begin, length))
-    foreign = np.arange(len(begin)) % 2
-    generator = np.random.default_rng(0)
-    cuts = draw_segments(config, documents, document, begin, length, foreign, generator)
-    for i in range(0, len(begin), rows):
-        yield make_batch(
-            corpus, config, objective, corpus.validation, [x[i : i + rows] for x in cuts],
-            foreign[i : i + rows], T, generator,
-        )
-
-
-class CrossEntropy(torch.autograd.Function):
-    """The sum of weight * -log softmax(logits)[target]: logits (N, V), targets (N,) int64, weights
-    (N,), 0 where nothing is asked -> a number.
-
-    Its gradient is weight * (softmax(logits) - onehot(target)): `forward` computes that in place of
-    the probabilities, and keeps it in the logits' own type. `F.cross_entropy` computes the same (a
-    test compares them), but passes over N x V float32 numbers three more times.
-    """
-
-    @staticmethod
-    def forward(ctx, logits, targets, weights):
-        target, weight = targets.clamp(min=0).unsqueeze(1), weights.unsqueeze(1)  # (N, 1) each
-        wide = torch.promote_types(logits.dtype, torch.float32)
-        p = F.softmax(logits, dim=-1, dtype=wide)  # (N, V)
-        chosen = p.gather(1, target).clamp(min=torch.finfo(p.dtype).tiny)  # log 0 would be -inf
-        p.scatter_add_(1, target, -torch.ones_like(chosen))  # from here on p - onehot
-        if not (weight == 1).all():
-            p.mul_(weight)
-        ctx.save_for_backward(p.to(logits.dtype))
-        return -(chosen.log() * weight).sum()
-
-    @staticmethod
-    def backward(ctx, scale):
-        return ctx.saved_tensors[0] * scale.to(ctx.saved_tensors[0].dtype), None, None
-
-
-def loss_sum(model: Model, batch: dict):
-    """(sum of the losses, number of hidden tokens, metrics).
-
-    Sums, so that parts of a batch can be added up. The caller divides by the number of hidden
-    tokens, so each pair's loss is multiplied by its row's: where all rows have as many, that is the
-    paper's mean over tokens + mean over pairs (`BERT.loss`), else nearly so. A metric is a pair of
-    sums, a numerator and a denominator. In fine-tuning `labels` (B,) are asked for: their losses,
-    the number of texts. There the truth is smoothed in training: 0.9 for the label and the rest for
-    all alike, so that few examples make no model too sure of itself (Szegedy et al. 2016,
-    https://arxiv.org/abs/1512.00567, 7).
-    """
-    if "labels" in batch:
-        scores = model.classify(batch["idx"], batch["segments"], batch.get("mask"))
-        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-        smoothing = 0.1 if model.training else 0.0
-        loss = F.cross_entropy(
-            scores, batch["labels"], reduction="sum", label_smoothing=smoothing)
-        return loss, len(scores), {}
-    targets = batch["mlm_labels"].flatten()  # (B * T,)
-    at = (targets != -100).nonzero()[:, 0]  # (N,): the places that are asked for
-    targets, number, metrics = targets[at], len(at), {}
-    mlm_logits, nsp_logits = model(batch["idx"], batch["segments"], batch.get("mask"), at)
-    loss = CrossEntropy.apply(mlm_logits, targets, torch.ones_like(targets))
-    if not model.training:
-        metrics["mlm_loss"] = loss, number
-        metrics["mlm_accuracy"] = (mlm_logits.argmax(dim=-1) == targets).sum(), number
-    if nsp_logits is not None:
-        pair = F.cross_entropy(nsp_logits.float(), batch["nsp_labels"], reduction="none")  # (B,)
-        loss = loss + (pair * (batch["mlm_labels"] != -100).sum(dim=1)).sum()
-        right = nsp_logits.argmax(dim=-1) == batch["nsp_labels"]
-        metrics["nsp_accuracy"] = right.sum(), len(right)
-    return loss, number, metrics
-
-
-def count_tokens(batch: dict) -> int:
-    """How many tokens the model reads in a batch, padding left out."""
-    return int(batch["mask"].sum()) if "mask" in batch else batch["idx"].numel()
-
-
-def count_flops(model: Model, batch: dict) -> float:
-    """Floating-point operations of a step: 6 for each multiplication of the forward pass, by a
-    weight or in attention's two products: 2 forward (with its addition), 4 backward."""
-    config, (B, T) = model.config, batch["idx"].shape
-    C, asked = config.n_embd, int((batch["mlm_labels"] != -100).sum())
-    attending = B * T * config.n_layer * (4 * C * C + 2 * T * C)
-    feed_forward = (B * T * (config.n_layer - 1) + asked + B) * 2 * C * config.ff_width
-    heads = asked * (C * C + C * config.vocab_size) + B * (C * C + 2 * C) * config.nsp
-    return 6 * (attending + feed_forward + heads)
-
-
-# --------------------------------------------------------------------------------------------------
-# 6. Generation: fill what is hidden
-# --------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -741,149 +438,387 @@ class GenerateConfig:
     top_k: int = 5  # how many candidates, or labels, to show
 
     def __post_init__(self):
-        at_least(self, 1, "top_k")
+        check(self, top_k=1)
 
 
-@torch.no_grad()
-def guess(model: Model, idx, mask_id: int):
-    """idx (T,) int64 -> the places of its masks (M,), probabilities of the tokens there (M, V)."""
-    at = (idx == mask_id).nonzero()[:, 0]
-    mlm_logits, _ = model(idx[None], at=at)
-    return at, F.softmax(mlm_logits.float(), dim=-1)
+@dataclass
+class Pretraining:
+    """What to learn from: pairs of segments in which tokens are hidden. Section 9 knows it by these
+    methods alone, so another class that has them is all it takes to learn from something else."""
+
+    mask_prob: float = 0.15  # share of a sequence's tokens that are asked for
+    short_prob: float = 0.1  # share of batches that have a random, shorter length
+
+    def __post_init__(self):
+        check(self, mask_prob=(0.001, 0.999), short_prob=(0, 1))
+
+    def open(self, run, config: Config, tokenizer, corpus=None) -> Config:
+        """Remember what prompts depend on; to train or evaluate, take a text, see data.Corpus
+        -> the architecture for it. Raises ValueError where it does not fill a sequence.
+
+        documents[part] (n, 2): where each begins and ends in the part; total[part] (n,): the tokens
+        up to its end. A single one is cut into several: a foreign B has to come from another.
+        """
+        self.run, self.T, self.nsp, self.tokenizer = run, config.block_size, config.nsp, tokenizer
+        self.special, self.ordinary = tokenizer.special, np.array(sorted(tokenizer.spelling))
+        if corpus is None:
+            return config
+        self.corpus, self.description, self.documents, self.total = corpus, str(corpus), {}, {}
+        for part in "train", "validation":
+            edges = corpus.edges(part)
+            spans = np.stack((edges[:-1] + 1, edges[1:]), axis=1)
+            spans = spans[spans[:, 0] < spans[:, 1]]
+            if len(spans) == 1:
+                n = max((spans[0, 1] - spans[0, 0]) // (8 * self.T), 2)
+                cuts = np.linspace(*spans[0], n + 1).astype(np.int64)
+                spans = np.stack((cuts[:-1], cuts[1:]), axis=1)
+            self.documents[part] = spans
+            self.total[part] = np.diff(self.documents[part])[:, 0].cumsum()
+            if not len(self.total[part]) or self.total[part][-1] < self.T:
+                raise ValueError(f"the text is too short: {corpus} do not fill sequences of "
+                                 f"{self.T}; give more text or a smaller --block_size")
+        self.rows = self.total["train"][-1] // self.T
+        return config
+
+    def locate(self, part: str, number: int) -> tuple[int, int]:
+        """A token's number, separators not counted -> (its document, its place in the part)."""
+        document = int(np.searchsorted(self.total[part], number, side="right"))
+        return document, self.documents[part][document, 1] - (self.total[part][document] - number)
+
+    def window(self, part: str, document: int, place: int, room: int, draw=None):
+        """At most `room` tokens of a document, (n,) int64: with a generator `draw` at random around
+        the place, else from there on, but inside the document."""
+        begin, end = self.documents[part][document]
+        n = min(room, end - begin)
+        before = draw.integers(n) if draw else 0
+        begin = min(max(place - before, begin), end - n)
+        return getattr(self.corpus, part)[begin : begin + n].astype(np.int64)
+
+    def pair(self, part: str, document: int, window, foreign: bool, draw) -> tuple:
+        """[CLS] A [SEP] B [SEP] as ids and segments: A is a fifth to four fifths of the window, B
+        the rest, or where foreign a piece of another document (in the paper: whole sentences)."""
+        cls, sep = [self.special["[CLS]"]], [self.special["[SEP]"]]
+        if not self.nsp:
+            return np.concatenate((cls, window, sep)), [0] * (len(window) + 2)
+        n, total = max(round(draw.uniform(0.2, 0.8) * len(window)), 1), self.total[part]
+        a, b = window[:n], window[n:]
+        if foreign:  # around a token outside the document, all equally likely
+            size = np.diff(self.documents[part][document])[0]
+            number = draw.integers(total[-1] - size)
+            number += size * (number >= total[document] - size)
+            b = self.window(part, *self.locate(part, number), max(len(b), 1), draw)
+        return np.concatenate((cls, a, sep, b, sep)), [0] * (len(a) + 2) + [1] * (len(b) + 1)
+
+    def hide(self, ids, draw) -> tuple:
+        """Choose tokens to ask for: mask_prob of a row's length, rounded, at least one. 8 in 10 of
+        them become [MASK], 1 in 10 a random one, 1 in 10 stays (A.1): a text in use has no [MASK]
+        (3.1). ids (n, T) int64 -> (what the model gets to see, targets), (n, T)."""
+        which, fate, new = np.moveaxis(draw.random((len(ids), self.T, 3))[:, : ids.shape[1]], 2, 0)
+        own = ~np.isin(ids, [*self.special.values()])
+        count = np.maximum(np.rint(self.mask_prob * (ids != self.special["[PAD]"]).sum(axis=1)), 1)
+        rank = np.where(own, which, 2.0).argsort(axis=1).argsort(axis=1)  # the text's own first
+        chosen = (rank < count[:, None]) & own
+        random = self.ordinary[(new * len(self.ordinary)).astype(np.int64)]
+        seen = np.where(fate < 0.8, self.special["[MASK]"], np.where(fate < 0.9, ids, random))
+        return np.where(chosen, seen, ids), np.where(chosen, ids, -100)
+
+    def make(self, pairs: list[tuple], foreign, draw) -> dict:
+        """A batch: idx, segments, mlm_labels (n, T) int64, with pairs nsp_labels (n,), and where
+        something is padded, mask (n, T) bool."""
+        from data import pad
+
+        ids, segments = (pad(rows, fill).numpy() for rows, fill in zip(
+            zip(*pairs), (self.special["[PAD]"], 0)))
+        (seen, targets), real = self.hide(ids, draw), ids != self.special["[PAD]"]
+        arrays = dict(idx=seen, segments=segments, mlm_labels=targets)
+        arrays |= {"nsp_labels": np.array(foreign)} if self.nsp else {}
+        arrays |= {} if real.all() else {"mask": real}
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+    def batch(self, step: int) -> dict:
+        """A step's batch (see `make`), which depends on (seed, step) alone.
+
+        An epoch picks places block_size tokens apart, from a random offset and in random order, and
+        lays a sequence around each, inside its document. Half of the pairs are neighbours.
+        """
+        from data import epoch_rows
+
+        draw, pairs = np.random.default_rng((self.run.seed, step)), []
+        short = draw.random() < self.short_prob
+        room = (int(draw.integers(8, self.T + 1)) if short else self.T) - 2 - self.nsp
+        row, shift = epoch_rows(self.rows, self.run, step)
+        numbers = ((row + shift) / self.rows * self.total["train"][-1]).astype(np.int64)
+        foreign = (step * len(row) + np.arange(len(row))) % 2
+        for number, elsewhere in zip(numbers, foreign):
+            document, place = self.locate("train", number)
+            window = self.window("train", document, place, room, draw)
+            pairs.append(self.pair("train", document, window, elsewhere, draw))
+        return self.make(pairs, foreign, draw)
+
+    def eval_batches(self, rows: int, most: int | None = None):
+        """Yield the validation part in windows, and with pairs each window twice, cut anew: with
+        its own B, and with another; masks and pairs are always the same. most: of a large part,
+        about so many tokens, evenly spread over it."""
+        from data import spread
+
+        documents, room = self.documents["validation"], self.T - 2 - self.nsp
+        n = -(-np.diff(documents)[:, 0] // room)  # windows of each document
+        document = np.repeat(np.arange(len(n)), n)
+        within = np.arange(len(document)) - (n.cumsum() - n)[document]  # number in its document
+        cuts, masks, copies = np.random.default_rng(0), np.random.default_rng(1), 1 + self.nsp
+        for chosen in spread(len(document), max(rows // copies, 1), most and most // self.T):
+            pairs = []
+            for i in chosen:
+                place = documents[document[i], 0] + within[i] * room
+                window = self.window("validation", document[i], place, room)
+                pairs += [self.pair("validation", document[i], window, elsewhere, cuts)
+                          for elsewhere in range(copies)]
+            yield self.make(pairs, [*range(copies)] * len(chosen), masks)
+
+    def asked(self, batch: dict) -> torch.Tensor:
+        """How many tokens, and how many pairs, a batch asks for: its losses are means over them."""
+        counts = [(batch["mlm_labels"] != -100).sum()]
+        counts += [torch.tensor(len(batch["idx"]))] if self.nsp else []
+        return torch.stack(counts).float()
+
+    def loss(self, model: Model, batch: dict):
+        """The losses (2,), and in evaluation measures, each a pair of sums."""
+        batch = {"mask": None} | batch
+        losses, mlm_logits, targets, nsp_logits = model.losses(**batch)
+        if model.training:
+            return losses, {}
+        right = mlm_logits.argmax(dim=-1) == targets
+        measures = dict(mlm_loss=(losses[0] * len(right), len(right)),
+                        mlm_accuracy=(right.sum(), len(right)))
+        if nsp_logits is not None:
+            right = nsp_logits.argmax(dim=-1) == batch["nsp_labels"]
+            measures["nsp_accuracy"] = right.sum(), len(right)
+        return losses, measures
+
+    def prompt_ids(self, prompt: str) -> list[int]:
+        """[CLS] prompt [SEP]. Tokens begin with the space before a word, so a space in front of
+        [MASK] belongs to what is hidden. Raises ValueError without a [MASK], or beyond T."""
+        parts = prompt.replace(" [MASK]", "[MASK]").split("[MASK]")
+        if len(parts) == 1:
+            raise ValueError('the prompt has no [MASK]: write "The cat sat on the [MASK]."')
+        ids = [self.special["[CLS]"], *self.tokenizer.encode(parts[0])]
+        for part in parts[1:]:
+            ids += [self.special["[MASK]"], *self.tokenizer.encode(part)]
+        if len(ids) >= self.T:
+            raise ValueError(f"the prompt has {len(ids) + 1} tokens, the context only {self.T}")
+        return [*ids, self.special["[SEP]"]]
+
+    def answer(self, model: Model, options: GenerateConfig):
+        """Yield the likeliest tokens for each [MASK], a line each, then the text filled."""
+        if options.prompt_b:
+            raise ValueError("--prompt_b is for a model that was fine-tuned on pairs of texts")
+        ids = self.prompt_ids(options.prompt or "The cat sat on the [MASK].")
+        idx, mask_id = torch.tensor(ids, device=model.head.weight.device), self.special["[MASK]"]
+        _, probability = model.guess(idx, mask_id)
+        best, tokens = probability.topk(min(options.top_k, len(self.ordinary)))  # (M, k)
+        for i, (row, shares) in enumerate(zip(tokens.tolist(), best.tolist()), 1):
+            words = [json.dumps(self.tokenizer.decode([x]), ensure_ascii=False) for x in row]
+            found = ", ".join(f"{word} {share:.1%}" for word, share in zip(words, shares))
+            yield f"[MASK] {i}: {found}\n"
+        yield "\n" + self.tokenizer.decode(model.fill(idx, mask_id)[1:-1].tolist())
+
+    def demonstrate(self, model: Model, length: int) -> str:
+        """A sample for the log: a text with guesses in brackets, [right] or [wrong/what it was]."""
+        text = self.window("validation", 0, 0, min(length, self.T - 2))
+        idx = torch.tensor([self.special["[CLS]"], *text, self.special["[SEP]"]])
+        hidden = torch.randperm(len(text))[: max(round(0.15 * len(text)), 1)] + 1
+        idx[hidden] = self.special["[MASK]"]
+        at, probability = model.guess(idx.to(model.head.weight.device), self.special["[MASK]"])
+        spelled = [self.tokenizer.decode_bytes([token]) for token in text]
+        for place, token in zip((at - 1).tolist(), probability.argmax(dim=-1).tolist()):
+            truth, guess = spelled[place], self.tokenizer.decode_bytes([token])
+            space = truth[: len(truth) - len(truth.lstrip())]
+            wrong = b"" if guess == truth else guess.strip() + b"/"
+            spelled[place] = space + b"[" + wrong + truth.strip() + b"]"
+        return b"".join(spelled).decode("utf-8", "replace")
 
 
-def fill(model: Model, idx, mask_id: int):
-    """Fill all masks of idx (T,), the surest first, so that each guess knows of those before it."""
-    idx = idx.clone()
-    while (idx == mask_id).any():
-        at, probability = guess(model, idx, mask_id)
-        best, token = probability.max(dim=-1)  # (M,)
-        surest = best.argmax()
-        idx[at[surest]] = token[surest]
-    return idx
+# 6. Fine-tuning: label a text ---------------------------------------------------------------------
 
 
-def encode_prompt(prompt: str, tokenizer, block_size: int) -> list[int]:
-    """[CLS] prompt [SEP] as ids. Tokens begin with the space before a word, so a space in front of
-    [MASK] belongs to what is hidden. Raises ValueError without a [MASK], or beyond block_size."""
-    special = tokenizer.special
-    parts = prompt.replace(" [MASK]", "[MASK]").split("[MASK]")
-    if len(parts) == 1:
-        raise ValueError('the prompt has no [MASK]: write one, as in "The cat sat on the [MASK]."')
-    ids = [special["[CLS]"], *tokenizer.encode(parts[0])]
-    for part in parts[1:]:
-        ids += [special["[MASK]"], *tokenizer.encode(part)]
-    ids.append(special["[SEP]"])
-    if len(ids) > block_size:
-        raise ValueError(f"the prompt has {len(ids)} tokens, at most {block_size} fit: shorten it")
-    return ids
+@dataclass
+class Finetuning:
+    """Label a text, or a pair: what [CLS] has gathered goes to a new head, with a score for each
+    label (Devlin, 4.1). (Methods without a text are those of Pretraining.)"""
+
+    mask_prob: float = 0.1  # share of a text's tokens that become [MASK] in training
+    labels: list = field(default_factory=list, metadata=dict(flag=False))  # those of the examples
+    pairs: bool = field(default=False, metadata=dict(flag=False))  # a row has two texts
+
+    columns, optional = ("text", "label"), ("text_b",)
+    idle = "transform|pair_head|head.bias"  # parameters that nothing asks any more
+
+    @staticmethod
+    def from_story(story: dict) -> dict:
+        """The demonstration: a story without its header -> its topic, one of eight."""
+        return dict(text=story["text"], label=story["topic"])
+
+    def open(self, run, config: Config, tokenizer, parts=None) -> Config:
+        """parts: the rows (dicts of columns) to learn from, and those held out -> the architecture
+        with a head for their labels. Raises ValueError where there are none to tell apart."""
+        from data import Examples, say
+
+        self.run, self.T, self.tokenizer = run, config.block_size, tokenizer
+        self.special = tokenizer.special
+        if parts is None:
+            return config
+        learned, asked = ({row["label"] for row in part} for part in parts)
+        if not self.labels:
+            whole = all(label.lstrip("-").isdigit() for label in learned | asked)
+            self.labels = sorted(learned | asked, key=int if whole else str)
+            self.pairs = "text_b" in parts[0][0]
+        if len(self.labels) < 2:
+            raise ValueError(f"all examples have the label {self.labels[0]!r}: it takes two")
+        if asked - learned:
+            say(f"only in the held-out examples, so none can be learned: {asked - learned}")
+        if config.n_segments < 2 and self.pairs:
+            raise ValueError("pairs of texts take a model with n_segments 2")
+        self.train, self.held_out = (Examples(part, self.encode) for part in parts)
+        self.rows, self.description = len(self.train.rows), self.train.describe(self.held_out)
+        return replace(config, n_labels=len(self.labels))
+
+    def encode(self, row: dict) -> dict:
+        """A row as the tokens of its texts (one or two lists), how many of each are taken, and the
+        number of its label. Raises ValueError for a label that is not known."""
+        if row["label"] not in self.labels:
+            raise ValueError(f"{row['place']}: the label {row['label']!r} is none of "
+                             f"{', '.join(self.labels)}")
+        if ("text_b" in row) != self.pairs:
+            problem = "pairs: give" if self.pairs else "single texts: leave out"
+            raise ValueError(f"this model labels {problem} --prompt_b or text_b")
+        texts = [self.tokenizer.encode(row[name]) for name in ("text", "text_b") if name in row]
+        room = self.T - 1 - len(texts)  # beside [CLS] and a [SEP] behind each
+        lengths = [min(len(text), room) for text in texts]
+        while sum(lengths) > room:  # of two texts the longer gives way
+            lengths[lengths.index(max(lengths))] -= 1
+        return dict(texts=texts, rooms=lengths, label=self.labels.index(row["label"]),
+                    length=1 + sum(lengths) + len(texts))
+
+    def collate(self, examples: list[dict], draw=None) -> dict:
+        """-> a batch: idx, segments (B, T), labels (B,) int64, and mask (B, T) bool if rows differ.
+
+        A text that does not fit is cropped: to its beginning, or for training, with a generator, to
+        a window at random. Then mask_prob of its tokens become [MASK]: no word can be relied on.
+        """
+        from data import pad
+
+        rows, segments = [], []
+        for example in examples:
+            row, segment = [self.special["[CLS]"]], [0]
+            for i, (text, room) in enumerate(zip(example["texts"], example["rooms"])):
+                begin = draw.integers(len(text) - room + 1) if draw else 0
+                window = np.array(text[begin : begin + room], np.int64)
+                if draw:
+                    window[draw.random(room) < self.mask_prob] = self.special["[MASK]"]
+                row += [*window.tolist(), self.special["[SEP]"]]
+                segment += [i] * (room + 1)
+            rows.append(row)
+            segments.append(segment)
+        real = pad([[1] * len(row) for row in rows], 0) == 1
+        batch = dict(idx=pad(rows, self.special["[PAD]"]), segments=pad(segments, 0),
+                     labels=torch.tensor([example["label"] for example in examples]))
+        return batch if real.all() else batch | dict(mask=real)
+
+    def batch(self, step: int) -> dict:
+        draw = np.random.default_rng((self.run.seed, step))
+        return self.collate(self.train.batch(self.run, step), draw)
+
+    def eval_batches(self, rows: int, most: int | None = None):
+        return map(self.collate, self.held_out.in_order(rows))  # (all, however many)
+
+    def asked(self, batch: dict) -> torch.Tensor:
+        return torch.tensor(float(len(batch["labels"])))
+
+    def loss(self, model: Model, batch: dict):
+        """The mean loss, and in evaluation accuracy, and the labels' F1, whose mean (macro F1) lets
+        rare labels count as much as frequent ones: 2 right / (times it is true + it is guessed).
+
+        In training the truth is smoothed, 0.9 for the label and the rest for all alike: few
+        examples are to make no model too sure (Szegedy et al. 2016, arxiv.org/abs/1512.00567, 7).
+        """
+        scores = model.classify(batch["idx"], batch["segments"], batch.get("mask")).float()
+        truth, guess, n = batch["labels"], scores.argmax(dim=-1), len(self.labels)
+        loss = F.cross_entropy(scores, truth, label_smoothing=0.1 * model.training)
+        right = guess == truth
+        either = truth.bincount(minlength=n) + guess.bincount(minlength=n)
+        return loss, {} if model.training else dict(
+            accuracy=(right.sum(), len(truth)),
+            macro_f1=(2 * truth[right].bincount(minlength=n), either))
+
+    @torch.no_grad()
+    def label(self, model: Model, text: str, text_b: str = "") -> list[tuple[str, float]]:
+        """The labels with their probabilities, the likeliest first."""
+        row = dict(text=text, label=self.labels[0]) | ({"text_b": text_b} if text_b else {})
+        batch = self.collate([self.encode(row)])  # (with any label)
+        idx, segments = (batch[name].to(model.head.weight.device) for name in ("idx", "segments"))
+        probability = F.softmax(model.classify(idx, segments).float(), dim=-1)[0].tolist()
+        return sorted(zip(self.labels, probability), key=lambda pair: -pair[1])
+
+    def answer(self, model: Model, options: GenerateConfig):
+        """Yield the likeliest labels, a line each."""
+        found = self.label(model, options.prompt, options.prompt_b)[: options.top_k]
+        width = max(len(label) for label, _ in found)
+        yield "\n".join(f"{label:<{width}} {100 * share:5.1f} %" for label, share in found)
+
+    def demonstrate(self, model: Model, length: int) -> str:
+        """Some held-out texts, what the model takes them for, and what they are."""
+        lines = []
+        for row in self.held_out.rows[:3]:
+            best, share = self.label(model, row["text"], row.get("text_b", ""))[0]
+            text = textwrap.shorten(row["text"], length, placeholder=" ...")
+            truth = "right" if best == row["label"] else f"it is {row['label']}"
+            lines.append(f"{text}\n    -> {best} ({share:.0%}; {truth})")
+        return "\n".join(lines)
 
 
-def write_samples(model: Model, checkpoint: dict, options: GenerateConfig) -> None:
-    """What `generate` prints on standard output: a table of candidates, then the text filled; of a
-    fine-tuned model, the likeliest labels of the prompt, or of each text that is typed."""
-    from data import build, prompts
+# 7. Published weights: BERT's names for ours ------------------------------------------------------
 
-    tokenizer = checkpoint["tokenizer"]
-    if checkpoint["task"]:
-        task = build(Task, checkpoint["task"])
-        for prompt in prompts(options.prompt):
-            found = task.label(model, tokenizer, prompt, options.prompt_b)[: options.top_k]
-            width = max(len(label) for label, _ in found)
-            print("\n".join(f"{label:<{width}} {100 * share:5.1f} %" for label, share in found))
-        return
-    if options.prompt_b:
-        raise ValueError("--prompt_b is for a model that was fine-tuned on pairs of texts")
-    prompt = options.prompt or "The cat sat on the [MASK]."
-    ids = encode_prompt(prompt, tokenizer, model.config.block_size)
-    idx = torch.tensor(ids, device=next(model.parameters()).device)
-    mask_id = tokenizer.special["[MASK]"]
-    _, probability = guess(model, idx, mask_id)
-    best, tokens = probability.topk(min(options.top_k, probability.size(1)))  # (M, k)
-    columns = []  # one per mask: its heading, then words and probabilities
-    for i, (row, share) in enumerate(zip(tokens.tolist(), best.tolist()), 1):
-        words = [tokenizer.decode([token]) for token in row]
-        words = [
-            word.strip() if word.strip() and word.isprintable() else json.dumps(word)
-            for word in words
-        ]
-        width = max(map(len, words))
-        cells = [f"{word:<{width}} {100 * p:5.1f} %" for word, p in zip(words, share)]
-        width = max(map(len, cells))
-        columns.append([f"{f'[MASK] {i}' if len(best) > 1 else '[MASK]':<{width}}", *cells])
-    print(*("   ".join(line).rstrip() for line in zip(*columns)), "", sep="\n")
-    print(tokenizer.decode(fill(model, idx, mask_id)[1:-1].tolist()))
-
-
-def demonstrate(model: Model, corpus, length: int) -> str:
-    """A sample for the log: a text of the validation part in which some tokens were hidden, with
-    the guesses in brackets: [right], or [wrong/what stood there]."""
-    tokenizer, documents = corpus.tokenizer, documents_of(
-        corpus, "validation", model.config.block_size)
-    begin, special = documents.starts[0], tokenizer.special
-    length = min(length, model.config.block_size - 2, int(documents.sizes[0]))
-    text = corpus.validation[begin : begin + length].tolist()
-    idx = torch.tensor([special["[CLS]"], *text, special["[SEP]"]])
-    idx[torch.randperm(length)[: max(round(0.15 * length), 1)] + 1] = special["[MASK]"]
-    at, probability = guess(model, idx.to(next(model.parameters()).device), special["[MASK]"])
-    spelled = [tokenizer.decode_bytes([token]) for token in text]
-    for place, token in zip((at - 1).tolist(), probability.argmax(dim=-1).tolist()):
-        truth, guessed = spelled[place], tokenizer.decode_bytes([token])
-        space = truth[: len(truth) - len(truth.lstrip())]
-        wrong = b"" if guessed == truth else guessed.strip() + b"/"
-        spelled[place] = space + b"[" + wrong + truth.strip() + b"]"
-    return b"".join(spelled).decode("utf-8", "replace")
-
-
-# --------------------------------------------------------------------------------------------------
-# 7. Published weights: BERT's names for ours
-# --------------------------------------------------------------------------------------------------
-
+FIXED = dict(  # settings of `config.json` that have one value here
+    model_type="bert", hidden_act="gelu", layer_norm_eps=1e-12, is_decoder=False,
+    add_cross_attention=False, position_embedding_type="absolute", tie_word_embeddings=True,
+)
 # No weights; and one of pooler and pair head where the file lacks the other.
-PASSED_OVER = r"bert\.embeddings\.position_ids|(bert\.pooler|cls\.seq_relationship)\..*"
-ROLES = dict(pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]", mask_token="[MASK]")
-TEMPLATE = ["[CLS]", "A", "[SEP]", "B", "[SEP]"]  # what stands around a text, or a pair
+NO_WEIGHTS = r"bert\.embeddings\.position_ids|(bert\.pooler|cls\.seq_relationship)\..*"
+HEAD = r"cls\.predictions\."  # what may be missing: a model for labels does without
+ROLES = dict(pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]", mask_token="[MASK]",
+             model_input_names=["input_ids", "token_type_ids", "attention_mask"])
+NEVER = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # special tokens that no text is to get
+TEMPLATE = ["[CLS]", "A", "[SEP]", "B", "[SEP]"]  # what stands around a text A, or a pair A, B
+
+
+NAMES = [  # what our names have (a regular expression) -> what BERT's have there
+    ("^token_embedding", "bert.embeddings.word_embeddings"),
+    ("^position_embedding", "bert.embeddings.position_embeddings"),
+    ("^segment_embedding", "bert.embeddings.token_type_embeddings"),
+    ("^norm", "bert.embeddings.LayerNorm"), ("^blocks", "bert.encoder.layer"),
+    ("attn.qkv", "attention.self.qkv"), ("attn.proj", "attention.output.dense"),
+    ("attn_norm", "attention.output.LayerNorm"), ("mlp.up", "intermediate.dense"),
+    ("mlp.down", "output.dense"), ("mlp_norm", "output.LayerNorm"),
+    ("^transform_norm", "cls.predictions.transform.LayerNorm"),
+    ("^transform", "cls.predictions.transform.dense"), ("^head.bias", "cls.predictions.bias"),
+    ("^head", "cls.predictions.decoder"), ("^pooler", "bert.pooler.dense"),
+    ("^pair_head", "cls.seq_relationship"), ("^label_head", "classifier"),
+]
+
+
+def as_published(model: Model, name: str, weight) -> dict:
+    """A weight by its published name; query, key and value are apart there."""
+    if "qkv" not in name:
+        return {name: weight}
+    parts = zip(("query", "key", "value"), weight.chunk(3))
+    return {name.replace("qkv", part): view for part, view in parts}
 
 
 def published_name(name: str) -> str:
-    """The name of a tensor in a file of weights -> the one that `published_weights` has for it."""
-    name = name.replace("LayerNorm.gamma", "LayerNorm.weight")  # TensorFlow's names, in old files
-    name = name.replace("LayerNorm.beta", "LayerNorm.bias")
+    """The name of a tensor in a file of weights, old ones included -> its published name."""
+    name = name.replace("Norm.gamma", "Norm.weight").replace("Norm.beta", "Norm.bias")
+    name = name.replace("cls.predictions.decoder.bias", "cls.predictions.bias")  # (the same)
     return name if name.startswith(("bert.", "cls.", "classifier.")) else f"bert.{name}"
-
-
-def published_weights(model: Model) -> dict:
-    """Published name -> our weight, in the published shape: query, key, value are apart there."""
-    layers = {
-        "bert.embeddings.LayerNorm": model.norm,
-        "cls.predictions.transform.dense": model.transform,
-        "cls.predictions.transform.LayerNorm": model.transform_norm,
-        "cls.predictions.decoder": model.head,
-    }
-    layers |= {"bert.pooler.dense": model.pooler} if hasattr(model, "pooler") else {}
-    layers |= {"cls.seq_relationship": model.pair_head} if model.config.nsp else {}
-    layers |= {"classifier": model.label_head} if model.config.n_labels else {}
-    named = {
-        "bert.embeddings.word_embeddings.weight": model.token_embedding.weight,
-        "bert.embeddings.position_embeddings.weight": model.position_embedding.weight,
-        "bert.embeddings.token_type_embeddings.weight": model.segment_embedding.weight,
-        "cls.predictions.bias": model.head.bias,
-    }
-    for i, block in enumerate(model.blocks):
-        at = f"bert.encoder.layer.{i}."
-        layers |= {
-            at + "attention.output.dense": block.attn.proj,
-            at + "attention.output.LayerNorm": block.attn_norm,
-            at + "intermediate.dense": block.mlp.up, at + "output.dense": block.mlp.down,
-            at + "output.LayerNorm": block.mlp_norm,
-        }
-        for kind in "weight", "bias":
-            parts = getattr(block.attn.qkv, kind).chunk(3)
-            for name, part in zip(("query", "key", "value"), parts):
-                named[f"{at}attention.self.{name}.{kind}"] = part
-    for name, layer in layers.items():
-        named |= {f"{name}.weight": layer.weight, f"{name}.bias": layer.bias}
-    return named
 
 
 def to_published(config: Config) -> dict:
@@ -894,306 +829,57 @@ def to_published(config: Config) -> dict:
     kind = "PreTraining" if config.nsp else "MaskedLM"
     return dict(
         architectures=[f"BertFor{'SequenceClassification' if config.n_labels else kind}"],
-        model_type="bert", vocab_size=config.vocab_size, hidden_size=config.n_embd,
+        vocab_size=config.vocab_size, hidden_size=config.n_embd,
         num_hidden_layers=config.n_layer, num_attention_heads=config.n_head,
-        intermediate_size=config.ff_width, hidden_act="gelu",
+        intermediate_size=config.n_ff or 4 * config.n_embd,
         hidden_dropout_prob=config.dropout, attention_probs_dropout_prob=config.dropout,
         max_position_embeddings=config.block_size, type_vocab_size=config.n_segments,
-        layer_norm_eps=1e-12, pad_token_id=0, tie_word_embeddings=True,
+        pad_token_id=0, num_labels=config.n_labels or 2,
     )
 
 
-def from_published(found: dict, names: set[str]) -> Config:
+def from_published(found: dict, names) -> Config:
     """What `config.json` says, and the names of the weights -> our settings."""
-    if found.get("hidden_act", "gelu") != "gelu":
-        raise ValueError(f"hidden_act {found['hidden_act']} instead of gelu")
     return Config(
         found["vocab_size"], found["max_position_embeddings"], found["num_hidden_layers"],
         found["num_attention_heads"], found["hidden_size"], n_ff=found["intermediate_size"],
         dropout=found.get("hidden_dropout_prob", 0.1), n_segments=found.get("type_vocab_size", 2),
         nsp="cls.seq_relationship.weight" in names and "bert.pooler.dense.weight" in names,
-        n_labels=len(found.get("id2label", "")) if "classifier.weight" in names else 0,
+        n_labels=len(found.get("id2label", range(found.get("num_labels", 2))))
+        if "classifier.weight" in names else 0,
     )
 
-
-# --------------------------------------------------------------------------------------------------
-# 8. Fine-tuning: label a text
-# --------------------------------------------------------------------------------------------------
-
-FINETUNING = {  # settings that go with a model's size: "published" for those 512 wide and more
-    "laptop": dict(
-        epochs=30.0, batch_size=32, optimizer="muon", lr=0.003, matrix_lr=0.01, weight_decay=0.1,
-        eval_interval=150,
-    ),
-    "published": dict(
-        epochs=3.0, batch_size=16, optimizer="adamw", lr=3e-5, warmup_steps=50, weight_decay=0.01,
-        eval_interval=0, mask_prob=0.0, head_std=0.02,
-    ),
-}
+# 9. Training: from here on the three model files are the same, letter by letter -------------------
+# `train` is the whole story: set the rates, draw the batch, update, report, evaluate, save.
+#   run   its settings, a data.Run: max_steps, batch_size, grad_accum, lr, matrix_lr, warmup_steps,
+#         schedule, grad_clip, log_interval, eval_interval, patience, ... (flags, each with a help)
+#   task  what to learn from: Pretraining (5), Finetuning (6), or a class of yours, with
+#         batch(step), eval_batches(rows, most): dicts of tensors with a row for each sequence;
+#         asked(batch): how many answers a mean loss is a mean of; loss(model, batch): that loss,
+#         and to evaluate, measures, name -> (sum, how many); demonstrate(model, length): a sample;
+#         description: a text for the log; rows: how many an epoch has
+# Another optimizer than Muon takes (model, run, dtype), and gives its groups a `highest_lr`.
 
 
-@dataclass
-class Task:
-    """Label a text, or a pair of texts: what [CLS] has gathered goes to a new head, which has a
-    score for each label (Devlin, 4.1). All weights learn, not the head's alone."""
-
-    mask_prob: float = 0.1  # share of a text's tokens that become [MASK] in training
-    head_std: float = 1.0  # std of the new head's first weights: see `prepare`
-    labels: list = field(default_factory=list, metadata=dict(flag=False))  # of the examples
-
-    columns, optional = ("text", "label"), ("text_b",)
-
-    def __post_init__(self):
-        at_least(self, 0, "mask_prob", "head_std")
-        if self.mask_prob > 1:
-            raise ValueError(f"mask_prob {self.mask_prob} is not between 0 and 1")
-        if not all(type(label) is str for label in self.labels):
-            raise ValueError("labels have to be texts")
-
-    @staticmethod
-    def demonstration(story: dict) -> dict:
-        """A story without its header -> its topic, one of eight."""
-        return dict(text=story["text"], label=story["topic"])
-
-    def fit(self, config: Config, parts: dict) -> Config:
-        """The architecture with a head for the labels, which are those that the examples have."""
-        from data import say
-
-        learned, asked = ({row["label"] for row in parts[part]} for part in ("train", "validation"))
-        self.labels = self.labels or sorted(learned | asked)
-        if len(self.labels) < 2:
-            raise ValueError(f"all examples have the label {self.labels[0]!r}: it takes two")
-        if asked - learned:
-            say(f"only in the held-out examples, so nobody can learn it: {sorted(asked - learned)}")
-        if config.n_segments < 2 and "text_b" in parts["train"][0]:
-            raise ValueError("pairs of texts take a model with n_segments 2")
-        return replace(config, n_labels=len(self.labels))
-
-    def encode(self, row: dict, tokenizer, config: Config) -> dict:
-        """A row as the tokens of its texts (one or two lists) and the number of its label."""
-        if row["label"] not in self.labels:
-            raise ValueError(f"{row['place']}: the label {row['label']!r} is none of "
-                             f"{', '.join(self.labels)}")
-        texts = [tokenizer.encode(row[name]) for name in ("text", "text_b") if name in row]
-        rooms = self.rooms(texts, config.block_size)
-        return dict(
-            texts=texts, rooms=rooms, label=self.labels.index(row["label"]),
-            length=1 + sum(rooms) + len(rooms), cropped=rooms != list(map(len, texts)))
-
-    @staticmethod
-    def rooms(texts: list[list[int]], block_size: int) -> list[int]:
-        """How many tokens of each text are taken: all, or as many as fit beside [CLS] and a [SEP]
-        behind each. Of two texts the longer gives way."""
-        room = block_size - 1 - len(texts)
-        lengths = [min(len(text), room) for text in texts]
-        if sum(lengths) > room:
-            short = min(*lengths, room // 2)
-            lengths = [short, room - short] if lengths[0] < lengths[1] else [room - short, short]
-        return lengths
-
-    def collate(self, examples: list[dict], tokenizer, generator=None) -> dict:
-        """-> a batch: idx, segments (B, T), labels (B,) int64, and mask (B, T) bool if rows differ.
-
-        A text that does not fit is cropped: to its beginning, or for training, with a generator, to
-        a window at random, so that in time all of it is learned from. Then mask_prob of its tokens
-        become [MASK], too: no single word can be relied on.
-        """
-        from data import pad
-
-        start, stop, mask_id, padding = (
-            tokenizer.special[name] for name in ("[CLS]", "[SEP]", "[MASK]", "[PAD]"))
-        idx, segments = [], []
-        for example in examples:
-            row = [start]
-            for text, room in zip(example["texts"], example["rooms"]):
-                begin = generator.integers(len(text) - room + 1) if generator else 0
-                window = np.array(text[begin : begin + room], np.int64)
-                if generator:
-                    window[generator.random(room) < self.mask_prob] = mask_id
-                row += [*window.tolist(), stop]
-            idx.append(row)
-            segments.append([0] * (example["rooms"][0] + 2) + [1] * (
-                len(row) - example["rooms"][0] - 2))
-        real = pad([[1] * len(row) for row in idx], 0) == 1
-        arrays = dict(idx=pad(idx, padding), segments=pad(segments, 0))
-        arrays["labels"] = np.array([example["label"] for example in examples])
-        arrays |= {} if real.all() else {"mask": real}
-        return {name: torch.from_numpy(array) for name, array in arrays.items()}
-
-    def score(self, model: Model, examples, groups) -> tuple[dict, str]:
-        """Accuracy, and the mean of the labels' F1 (macro F1), so that rare labels count as much as
-        frequent ones; the confusion matrix as a table."""
-        n, device = len(self.labels), next(model.parameters()).device
-        confusion = np.zeros((n, n), np.int64)  # [truth, guess]
-        for group in groups:
-            batch = {k: v.to(device) for k, v in examples.batch(group).items()}
-            with torch.no_grad():
-                scores = model.classify(batch["idx"], batch["segments"], batch.get("mask"))
-            truth, guess = batch["labels"].tolist(), scores.argmax(dim=-1).tolist()
-            np.add.at(confusion, (truth, guess), 1)
-        return self.measures(confusion), self.table(confusion)
-
-    @staticmethod
-    def measures(confusion) -> dict[str, float]:
-        """accuracy and macro_f1 from counts [truth, guess], (n, n) int64. A label's F1 is the
-        harmonic mean of precision and recall, 2 right / (times it is true + times it is guessed);
-        one that is neither has none."""
-        right, either = confusion.diagonal(), confusion.sum(axis=0) + confusion.sum(axis=1)
-        f1 = 2 * right[either > 0] / either[either > 0]
-        return dict(accuracy=right.sum() / confusion.sum(), macro_f1=f1.mean())
-
-    def table(self, confusion) -> str:
-        """A line for each label that texts have, a column for each that was guessed."""
-        width = max(map(len, (*self.labels, "guessed:", str(confusion.max())))) + 1
-        rows = [["guessed:", *self.labels], *([label, *counts] for label, counts in zip(
-            self.labels, confusion.tolist()))]
-        return "\n".join("".join(f"{cell or '.':>{width}}" for cell in row) for row in rows)
-
-    def prepare(self, model: Model, n: int) -> list:
-        """Begin the new head; returns what is not to change: with --freeze n the embeddings and the
-        lowest n blocks, and always the heads of pretraining, which nothing asks any more.
-
-        A small model's [CLS] knows little of what a text is about, and a head that begins near zero
-        asks it for nothing: it takes 300 steps before anything is learned. Scores that are large
-        from the start, if at random, have to be put right by the layers below, at once.
-        """
-        nn.init.normal_(model.label_head.weight, std=self.head_std)
-        if n > len(model.blocks):
-            raise ValueError(f"--freeze {n}: the model has {len(model.blocks)} layers")
-        idle = [model.transform, model.transform_norm, model.head.bias]
-        idle += [model.pair_head] if model.config.nsp else []
-        embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-        return idle + ([*embeddings, *model.blocks[:n]] if n else [])
-
-    def label(self, model: Model, tokenizer, text: str, text_b="") -> list[tuple[str, float]]:
-        """The labels with their probabilities, the likeliest first."""
-        # (Any label: `encode` asks for one.)
-        row = dict(text=text, label=self.labels[0]) | ({"text_b": text_b} if text_b else {})
-        from data import say
-
-        example = self.encode(row, tokenizer, model.config)
-        if example["cropped"]:
-            say(f"the text is long: its first {example['length']} tokens are read")
-        batch = self.collate([example], tokenizer)
-        idx, segments = (batch[name].to(next(model.parameters()).device) for name in (
-            "idx", "segments"))
-        with torch.no_grad():
-            probability = F.softmax(model.classify(idx, segments).float(), dim=-1)[0].tolist()
-        return sorted(zip(self.labels, probability), key=lambda pair: -pair[1])
-
-    def demonstrate(self, model: Model, examples, length: int) -> str:
-        """Some held-out texts, what the model takes them for, and what they are."""
-        lines = []
-        for row in examples.rows[:3]:
-            best, share = self.label(
-                model, examples.tokenizer, row["text"], row.get("text_b", ""))[0]
-            text = " ".join(row["text"].split())
-            text = text if len(text) < length else text[:length].rpartition(" ")[0] + " ..."
-            truth = "right" if best == row["label"] else f"it is {row['label']}"
-            lines.append(f"{text}\n    -> {best} ({share:.0%}; {truth})")
-        return "\n".join(lines)
-
-
-OWN_COMMANDS = {}  # that the other two do not have
-
-# --------------------------------------------------------------------------------------------------
-# 9. Training: from here on the three model files are the same, letter by letter
-# --------------------------------------------------------------------------------------------------
-# To change something: the optimizer is `Muon`, made in Trainer.__init__; the learning rate's course
-# is `schedule`; a batch comes from `train_batch` (5); a metric is a line in `loss_sum` (5); the log
-# is written by Trainer.report and evaluate_and_save. To train on something else, replace methods of
-# Trainer, as FineTuner does. data.py is imported where it is used: the models can do without it.
-
-
-@dataclass
-class RunConfig:
-    """Which weights, on which machine."""
-
-    out_dir: str = f"out/{NAME}"  # folder of a run: checkpoints, log and chart
-    init_from: str = ""  # a checkpoint, a folder, a published model (default: what out_dir holds)
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: the best there is
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: the fastest there is
-    seed: int = 0  # of all random draws: the same seed, the same result
-
-
-@dataclass
-class TrainConfig(RunConfig):
-    """What to learn from, for how long, and how fast."""
-
-    init_from: str = "scratch"  # scratch, resume, a checkpoint, a folder, a published model
-    data: str = "input.txt"  # a file, folder or URL, or shakespeare, tinystories, imdb
-    max_steps: int = RECIPES["laptop"]["max_steps"]  # optimizer steps
-    epochs: float = 0.0  # passes over the training part; if given, max_steps follows from it
-    batch_size: int = RECIPES["laptop"]["batch_size"]  # sequences that are computed at once
-    grad_accum: int = 1  # such batches per step; their gradients are added
-    optimizer: Literal["muon", "adamw"] = "muon"  # muon: for matrices, with AdamW for all else
-    lr: float = RECIPES["laptop"]["lr"]  # AdamW's highest learning rate
-    matrix_lr: float = RECIPES["laptop"]["matrix_lr"]  # Muon's highest learning rate
-    weight_decay: float = 0.0  # matrices shrink by this times the learning rate at each step
-    warmup_steps: int = 20  # steps in which the learning rate rises
-    schedule: Literal["linear", "cosine"] = "linear"  # how it falls to zero afterwards
-    grad_clip: float = 1.0  # largest norm of the gradient; longer ones are scaled down (0: never)
-    log_interval: int = 10  # steps between two lines of the log
-    eval_interval: int = 100  # steps between two evaluations, each with a checkpoint (0: epoch)
-    snapshot_interval: int = 0  # steps between two checkpoints that are kept for good (0: none)
-    compile: bool = False  # torch.compile: pays on a GPU, in long runs
-
-    def __post_init__(self):
-        check_choices(self)
-        at_least(self, 1, "max_steps", "batch_size", "grad_accum", "log_interval")
-        at_least(self, 0, "seed", "epochs", "lr", "matrix_lr", "weight_decay", "warmup_steps",
-                 "grad_clip", "eval_interval", "snapshot_interval")
-
-    @property
-    def rows(self) -> int:
-        """How many sequences a step learns from."""
-        return self.batch_size * self.grad_accum
-
-
-@dataclass
-class FinetuneConfig(TrainConfig):
-    """Which model learns from which examples, and how much of it may change."""
-
-    out_dir: str = f"out/{NAME}-finetuned"  # folder of this run
-    init_from: str = f"out/{NAME}"  # a run, a checkpoint, a folder, a published model, or resume
-    data: str = ""  # a .csv or .jsonl file, or a folder of two (default: out of input.txt)
-    epochs: float = FINETUNING["laptop"]["epochs"]  # passes, unless max_steps is given
-    batch_size: int = FINETUNING["laptop"]["batch_size"]  # examples that are computed at once
-    optimizer: Literal["muon", "adamw"] = FINETUNING["laptop"]["optimizer"]  # as in training
-    lr: float = FINETUNING["laptop"]["lr"]  # AdamW's highest learning rate
-    matrix_lr: float = FINETUNING["laptop"]["matrix_lr"]  # Muon's highest learning rate
-    weight_decay: float = FINETUNING["laptop"]["weight_decay"]  # as in training
-    warmup_steps: int = 20  # steps in which the learning rate rises (at most a fifth of all)
-    log_interval: int = 20  # steps between two lines of the log
-    eval_interval: int = FINETUNING["laptop"]["eval_interval"]  # as in training (0: an epoch)
-    freeze: int = 0  # so many of the lowest layers, and the embeddings, stay as they are
-    patience: int = 3  # stop after so many evaluations without a lower held-out loss (0: never)
-    dropout: float | None = None  # share of activations zeroed in training (default: the model's)
-    scratch: bool = False  # forget the weights: what is learned without pretraining?
-
-    def __post_init__(self):
-        super().__post_init__()
-        at_least(self, 0, "freeze", "patience")
-
-
-def orthogonalize(matrices, steps: int = 5):
+def orthogonalize(matrices, dtype=torch.float32, steps: int = 5):
     """Newton-Schulz iteration: the nearest matrices whose singular values are all about 1.
 
-    matrices (n, rows, cols), in the dtype that multiplies fastest. X <- aX + b(XX^T)X + c(XX^T)^2 X
-    moves each singular value s to as + bs^3 + cs^5, and these a, b, c bring all from 0.003 to 1 to
-    0.7 to 1.2 in five rounds (Jordan 2024, https://kellerjordan.github.io/posts/muon).
+    matrices (n, rows, cols); dtype: the one that multiplies fastest. X <- aX + b(XX^T)X +
+    c(XX^T)^2 X moves each singular value s to as + bs^3 + cs^5; these a, b, c bring all from 0.003
+    to 1 to 0.7 to 1.2 in five rounds (Jordan 2024, https://kellerjordan.github.io/posts/muon).
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     wide = matrices.size(-2) <= matrices.size(-1)
     X = matrices if wide else matrices.mT
-    X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # now no singular value is above 1
+    X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-12)  # now no singular value is above 1
+    X = X.to(dtype)  # (only now: small gradients are 0 in float16)
     for _ in range(steps):
         A = X @ X.mT
         X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)  # aX + (bA + cAA)X
     return X if wide else X.mT
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(torch.optim.AdamW):
     """Muon for inner matrices, AdamW for all else: one optimizer, so that an overflow in float16
     skips both.
 
@@ -1202,79 +888,45 @@ class Muon(torch.optim.Optimizer):
     learned as fast as common ones. Matrices of equal shape are stacked, for one product.
     """
 
-    def __init__(self, model: nn.Module, run: TrainConfig, dtype: torch.dtype):
-        self.dtype = dtype  # of the Newton-Schulz products
-        self.learning = [p for p in model.parameters() if p.requires_grad]  # the others: frozen
-        kinds = {}  # (kind, matrix shape, does it decay?, factor of the rate) -> parameters
+    def __init__(self, model: nn.Module, run, dtype=torch.float32):
+        """dtype: of the products in `orthogonalize`."""
+        self.dtype, groups = dtype, {}  # (Muon's matrix shape, rate, decay) -> a group
         for name, p in model.named_parameters():
-            if not p.requires_grad:
-                continue
             inner = p.ndim == 2 and not ("embedding" in name or "head" in name)
-            if run.optimizer == "muon" and inner:
-                kind, shape = "muon", (len(p) // getattr(p, "maps", 1), p.size(1))
-            else:
-                kind, shape = "adamw", None
-            decays = p.ndim >= 2  # biases and norms do not
-            key = kind, shape, decays, getattr(p, "lr_factor", 1.0)
-            kinds.setdefault(key, []).append(p)
-        groups = []
-        for (kind, shape, decays, lr_factor), params in kinds.items():
-            highest = lr_factor * (run.matrix_lr if kind == "muon" else run.lr)
-            groups.append(dict(
-                params=params, kind=kind, shape=shape, lr=highest, highest_lr=highest,
-                weight_decay=run.weight_decay if decays else 0.0,
-            ))
-        super().__init__(groups, {})
-
-    def gradients(self) -> list[torch.Tensor]:
-        """Those of all weights that learn; zeros where no loss reached one."""
-        for p in self.learning:
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        return [p.grad for p in self.learning]
+            muon = inner and run.optimizer == "muon"
+            shape = (len(p) // getattr(p, "maps", 1), p.size(1)) if muon else None
+            lr = (run.matrix_lr if muon else run.lr) * getattr(p, "lr_factor", 1.0)
+            decay = run.weight_decay if p.ndim >= 2 else 0.0  # biases and norms do not
+            if p.requires_grad:
+                group = dict(params=[], shape=shape, lr=lr, highest_lr=lr, weight_decay=decay)
+                groups.setdefault((shape, lr, decay), group)["params"].append(p)
+        super().__init__(list(groups.values()), betas=(0.9, 0.95), fused=True)
+        self._step_supports_amp_scaling = False  # GradScaler is to skip `step` as a whole
 
     @torch.no_grad()
-    def step(self, closure=None):
-        """Change all weights by their gradients."""
-        self.gradients()
+    def step(self, closure=None, momentum: float = 0.95):
+        """p -= lr * longer * orthogonalize(0.95 m + 0.05 g), m a running mean of the gradients g,
+        for a stack of matrices of equal shape; then AdamW's step for all other parameters."""
         for group in self.param_groups:
-            (self.step_muon if group["kind"] == "muon" else self.step_adamw)(group)
-
-    def step_muon(self, group, momentum: float = 0.95):
-        """m <- 0.95 m + 0.05 g; p -= lr_of_shape * orthogonalize(0.95 m + 0.05 g), for a stack of
-        matrices (Jordan 2024)."""
-        params, lr, (rows, cols) = group["params"], group["lr"], group["shape"]
-        gradient = torch.cat([p.grad.view(-1, rows, cols) for p in params])  # (n, rows, cols)
-        state = self.state[params[0]]  # of the whole stack
-        if not state:
-            state["momentum"] = torch.zeros_like(gradient)
-        average = state["momentum"].lerp_(gradient, 1 - momentum)
-        ahead = gradient.lerp(average, momentum)
-        directions = orthogonalize(ahead.to(self.dtype)).to(gradient.dtype)  # (n, rows, cols)
-        lr_of_shape = lr * max(1, rows / cols) ** 0.5  # tall ones take longer steps (Jordan 2024)
-        for p, direction in zip(params, directions.split([len(p) // rows for p in params])):
-            p.mul_(1 - lr * group["weight_decay"]).sub_(
-                direction.reshape(p.shape), alpha=lr_of_shape
-            )
-
-    def step_adamw(self, group, betas=(0.9, 0.95), eps: float = 1e-8):
-        """p -= lr * (mean of g) / (root of mean g^2), means of recent steps (Kingma & Ba 2015), and
-        lr * weight_decay * p (Loshchilov & Hutter 2019)."""
-        params, states = group["params"], [self.state[p] for p in group["params"]]
-        for p, state in zip(params, states):
-            if not state:
-                state.update(
-                    count=torch.zeros((), device=p.device),
-                    mean=torch.zeros_like(p), square=torch.zeros_like(p),
-                )
-        adamw(  # fused: all in one kernel; the empty list is for AMSGrad's maxima
-            params, [p.grad for p in params], [state["mean"] for state in states],
-            [state["square"] for state in states], [], [state["count"] for state in states],
-            fused=True, amsgrad=False, maximize=False, beta1=betas[0], beta2=betas[1],
-            lr=group["lr"], weight_decay=group["weight_decay"], eps=eps,
-        )
+            if not group["shape"]:
+                continue
+            params, lr, (rows, cols) = group["params"], group["lr"], group["shape"]
+            gradient = torch.cat([p.grad.view(-1, rows, cols) for p in params])  # (n, rows, cols)
+            state = self.state[params[0]]  # of the whole stack
+            if not state:  # (AdamW asks for a "step" when it loads a state)
+                state.update(step=torch.zeros(()), mean=torch.zeros_like(gradient))
+            mean = state["mean"].lerp_(gradient, 1 - momentum)  # m <- 0.95 m + 0.05 g
+            ahead = gradient.lerp(mean, momentum)  # 0.95 m + 0.05 g
+            directions = orthogonalize(ahead, self.dtype).to(gradient.dtype)  # (n, rows, cols)
+            longer = max(1, rows / cols) ** 0.5  # steps for tall ones (Jordan 2024)
+            for p, direction in zip(params, directions.split([len(p) // rows for p in params])):
+                p.mul_(1 - lr * group["weight_decay"])
+                p.sub_(direction.reshape(p.shape), alpha=lr * longer)
+                p.grad = None  # AdamW passes over what has no gradient
+        super().step()
 
 
-def schedule(step: int, run: TrainConfig) -> float:
+def schedule(step: int, run) -> float:
     """The share of the highest learning rate at a step (from 0): up in a line, down to zero."""
     if step < run.warmup_steps:
         return (step + 1) / (run.warmup_steps + 1)
@@ -1282,397 +934,143 @@ def schedule(step: int, run: TrainConfig) -> float:
     return left if run.schedule == "linear" else 0.5 - 0.5 * math.cos(math.pi * left)
 
 
-def update(model, batch: dict, optimizer, scaler, autocast, run: TrainConfig) -> torch.Tensor:
+def update(model, task, batch: dict, optimizer, scaler, autocast, run) -> torch.Tensor:
     """One optimizer step, in run.grad_accum parts, by all ranks (processes) -> the mean loss.
 
-    autocast: matrix products in a narrower dtype. scaler: multiplies the loss in float16, where
-    small gradients would be 0 otherwise, and divides them again.
+    A batch says beforehand how many answers it asks for, so each part's mean loss is weighted by
+    its share of them before the backward pass; then gradients need only be added up. autocast:
+    products in a narrower dtype. scaler: multiplies the loss in float16, where small gradients
+    would be 0, and divides the gradients again.
     """
     from data import add_up, ranks
 
     model.train()
-    rows, (rank, count) = len(next(iter(batch.values()))), ranks()
-    mine = range(rows * rank // count, rows * (rank + 1) // count)  # each rank has its share
-    size, device = math.ceil(rows / run.grad_accum), next(model.parameters()).device
-    total = torch.zeros(2, device=device)  # loss, weight
-    for i in mine[::size]:
-        taken = slice(i, min(i + size, mine.stop))
-        part = {name: tensor[taken].to(device) for name, tensor in batch.items()}
-        with autocast:
-            loss, weight, _ = loss_sum(model, part)
-        scaler.scale(loss / rows).backward()  # (/ rows: within the range of float16)
-        total += torch.stack([loss.detach(), torch.as_tensor(weight, device=device)])
-    gradients = optimizer.gradients()
-    add_up([*gradients, total])  # over all ranks
+    device, (rank, count), asked = next(model.parameters()).device, ranks(), task.asked(batch)
+    n = count * math.ceil(run.grad_accum / count)  # parts: of four, the first of two ranks has 0, 2
+    total = torch.zeros((), device=device)
+    for i in range(rank, n, count):
+        part = {name: tensor.tensor_split(n)[i] for name, tensor in batch.items()}
+        if len(next(iter(part.values()))):  # (there may be fewer rows than parts)
+            share = (task.asked(part) / asked).to(device, non_blocking=True)
+            part = {name: x.to(device, non_blocking=True) for name, x in part.items()}
+            with autocast:
+                loss = (task.loss(model, part)[0] * share).sum()  # (BERT's loss has two means)
+            scaler.scale(loss).backward()
+            total += loss.detach()
+    params = [p for p in model.parameters() if p.requires_grad]
+    for p in params:  # no loss reaches those of a head that is not asked, nor a rank without rows
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+    add_up([total, *(p.grad for p in params)])
     scaler.unscale_(optimizer)
-    # Only now is the weight of all parts known: undo / rows, divide by it, then clip.
-    loss, weight = total
-    factor = rows / weight
     if run.grad_clip:
-        length = torch.nn.utils.get_total_norm(gradients) * factor
-        factor = factor * (run.grad_clip / (length + 1e-6)).clamp(max=1)
-    for gradient in gradients:
-        gradient.mul_(factor)
+        torch.nn.utils.clip_grad_norm_(params, run.grad_clip)
     scaler.step(optimizer)  # in float16: unless a gradient overflowed
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    return loss / weight
+    return total
 
 
 @torch.no_grad()
-def evaluate(model, batches, autocast) -> dict[str, float]:
-    """val_loss and the objective's metrics over all batches: each a quotient of two sums."""
-    from data import from_all, ranks
-
+def evaluate(model, task, rows: int, autocast, most: int | None = None) -> dict[str, float]:
+    """val_loss and the task's measures on what is held out, `rows` sequences at once; most: of a
+    large part, on about so many tokens. Each figure is a quotient of two sums."""
     model.eval()
-    device, sums = next(model.parameters()).device, {}  # name -> its two sums
-    for batch in itertools.islice(batches, ranks()[0], None, ranks()[1]):  # each rank has its share
+    device, sums = next(model.parameters()).device, {}
+    for batch in task.eval_batches(rows, most):
+        asked = task.asked(batch).to(device)
         with autocast:
-            loss, weight, metrics = loss_sum(
-                model, {name: tensor.to(device) for name, tensor in batch.items()}
-            )
-        for name, (over, under) in {"val_loss": (loss, weight), **metrics}.items():
-            sums[name] = sums.get(name, 0) + np.array([float(over), float(under)])
-    found = from_all(sums)
-    totals = {name: sum(part[name] for part in found if name in part) for name in found[0]}
-    return {name: float(over / under) for name, (over, under) in totals.items()}
+            loss, measures = task.loss(model, {name: x.to(device) for name, x in batch.items()})
+        for name, pair in ({"val_loss": (loss * asked, asked)} | measures).items():
+            pair = torch.stack([torch.as_tensor(x).double().cpu() for x in pair])
+            sums[name] = sums.get(name, 0) + pair
+    figures = {name: over / under for name, (over, under) in sums.items()}
+    # BERT's loss has parts, which add up; its macro F1, a value for each label: their mean.
+    return {name: float(figure.sum() if name == "val_loss" else figure.nanmean())
+            for name, figure in figures.items()}
 
 
-def evaluate_task(task: Task, model, examples, autocast, size: int) -> tuple[dict, str]:
-    """(val_loss and the task's own measures over all examples, `size` at once; a table of them)."""
-    from data import in_order_of_length
+def train(run, task, model: Model, state: dict | None = None) -> bool:
+    """Train to max_steps, or until `patience` ends; False if Ctrl-C came first.
 
-    groups = in_order_of_length(examples.lengths, size)
-    found = evaluate(model, map(examples.batch, groups), autocast)
-    with autocast:
-        measures, table = task.score(model, examples, groups)
-    return found | measures, table
+    Step n's batch and dropout are drawn from (seed, n), so a run that goes on from a checkpoint,
+    state, ends as if it had never been stopped. Of several ranks (processes that `torchrun` starts,
+    one per GPU) each draws the whole batch and computes its share."""
+    from data import Log, any_rank, asked_to_stop, machine, ranks, save
 
+    _, dtype, autocast, scaler = machine(run)
+    optimizer, log = Muon(model, run, dtype), Log(run, task, model, state)
+    step, best, worse = 0, math.inf, 0  # best: the lowest val_loss; worse: evaluations since
 
-class Trainer:
-    """A run: its corpus, model and optimizer, and how far it is.
+    def checkpoint(name: str) -> None:
+        save(run, name, task, model, step=step, best=best, worse=worse, pending=log.checked(),
+             optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
 
-    Step n's batch and dropout are drawn from (seed, n), so a resumed run goes on exactly as if it
-    had never been stopped, and a checkpoint has to hold no generator's state. With several ranks
-    (`torchrun --nproc_per_node=2 ...`) each draws the whole batch and computes its share of it, so
-    the same flags give the same losses; the first alone writes files.
-    """
-
-    unit = "loss per token"  # of the chart
-    task, stops_early, table = None, False, ""  # see FineTuner
-
-    def __init__(
-        self, run: TrainConfig, config: Config, objective: ObjectiveConfig,
-        checkpoint: dict | None = None,
-    ):
-        """checkpoint: what `data.load_checkpoint` read. With --init_from resume the run goes on
-        from its step; otherwise only its weights and tokenizer are taken."""
-        import data
-
-        self.out_dir = Path(run.out_dir)
-        self.device = data.choose_device(run.device)
-        data.meet(self.device)
-        self.dtype = data.from_all(data.choose_dtype(run.dtype, self.device))[0]
-        if self.device.type == "cpu":
-            data.keep_freed_memory()
-        self.config, self.objective = config, objective
-        epoch = self.open_data(run, checkpoint)
-        steps = max(math.ceil(run.epochs * epoch / run.rows), 1) if run.epochs else run.max_steps
-        self.run = run = replace(
-            run, max_steps=steps, epochs=0.0, dtype=str(self.dtype).removeprefix("torch."),
-            eval_interval=run.eval_interval or math.ceil(epoch / run.rows),
-            # Few examples make few steps; not all of them are to be warm-up.
-            warmup_steps=min(run.warmup_steps, steps // 5) if self.task else run.warmup_steps,
-        )
-
-        torch.manual_seed(run.seed)
-        self.model = Model(self.config).to(self.device)
-        if checkpoint:
-            self.take_weights(run, checkpoint)
-        self.optimizer = Muon(self.model, run, self.dtype)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        self.autocast = data.autocast_to(self.dtype, self.device)
-        self.step, self.best = 0, math.inf
-        self.pending = []  # loss and number of tokens of the steps since the last report
-        if run.init_from == "resume":
-            self.step, self.best = checkpoint["step"], checkpoint["best_loss"]
-            self.pending = data.resume(checkpoint, self.optimizer, self.scaler, self.device)
-        self.compiled = torch.compile(self.model) if run.compile else self.model
-
-    def open_data(self, run: TrainConfig, checkpoint: dict | None) -> int:
-        """Get what there is to learn from, and the tokenizer. Returns the rows of an epoch."""
-        import data
-
-        tokenizer = checkpoint["tokenizer"] if checkpoint else None
-        self.corpus = data.prepare(
-            run.data, self.config.vocab_size, SPECIAL_TOKENS, SEPARATOR, tokenizer
-        )
-        self.tokenizer = self.corpus.tokenizer
-        if not checkpoint:
-            self.config = replace(self.config, vocab_size=self.tokenizer.vocab_size)
-        return rows_per_epoch(self.corpus, self.config, self.objective)
-
-    def take_weights(self, run: TrainConfig, checkpoint: dict) -> None:
-        """Begin with the checkpoint's weights."""
-        self.model.load_state_dict(checkpoint["model"])
-
-    def train(self) -> bool:
-        """Train to max_steps; False if Ctrl-C came first. Either way ckpt.pt is up to date."""
-        from data import from_all, interrupts, one_process, ranks
-
-        run, lock = self.run, self.out_dir / f"rank{ranks()[0]}.lock"
-        with one_process(lock), interrupts() as pressed:
-            self.begin()
-            while self.step < run.max_steps and not self.stops_early:
-                try:
-                    if any(from_all(bool(pressed))):  # Ctrl-C, in whichever process
-                        break
-                    self.pending.append(self.train_step())
-                except ConnectionError:  # another rank is gone
-                    self.save("ckpt.pt")
-                    raise
-                self.step += 1
-                evaluating = self.step % run.eval_interval == 0 or self.step == run.max_steps
-                keeping = run.snapshot_interval and self.step % run.snapshot_interval == 0
-                if keeping or pressed:  # nothing is saved of a run that has diverged
-                    self.log.check(float(self.pending[-1][0]), self.step)
-                if evaluating or self.step % run.log_interval == 0:
-                    self.report()
-                if evaluating:
-                    self.evaluate_and_save()
-                if keeping:
-                    self.save(f"ckpt_{self.step:06d}.pt")
-            finished = self.step >= run.max_steps or self.stops_early
-            if not finished:
-                self.save("ckpt.pt")
-        return finished
-
-    def train_step(self) -> tuple[torch.Tensor, int]:
-        """One step on its batch; returns the loss per token and how many tokens it read."""
-        from data import ranks
-
-        run = self.run
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["highest_lr"] * schedule(self.step, run)
-        torch.manual_seed(hash((run.seed, self.step)) + ranks()[0])  # for dropout
-        batch = self.draw_batch()
-        return (
-            update(self.compiled, batch, self.optimizer, self.scaler, self.autocast, run),
-            count_tokens(batch),
-        )
-
-    def draw_batch(self) -> dict:
-        """The batch of this step."""
-        return train_batch(self.corpus, self.config, self.objective, self.run, self.step)
-
-    def evaluate(self) -> dict[str, float]:
-        """val_loss and what else is measured on what is held out."""
-        batches = eval_batches(self.corpus, self.config, self.objective, self.run.batch_size)
-        return evaluate(self.model, batches, self.autocast)
-
-    def evaluate_and_save(self) -> None:
-        """Evaluate, log, show a sample; keep the weights if the best so far; save the state."""
-        found = self.evaluate()
-        self.log.check(found["val_loss"], self.step)
-        self.log.write(step=self.step, **found)
-        self.log.say("  ".join(
-            [f"step {self.step}", *(f"{name} {value:.4f}" for name, value in found.items())]
-        ))
-        if self.step < self.run.max_steps:
-            self.log.say(*("    " + line for line in self.show(40).splitlines() if line))
-        if found["val_loss"] < self.best:
-            self.best = found["val_loss"]
-            self.save("best.pt", weights_only=True)
-        self.save("ckpt.pt")
-        self.log.draw(f"{NAME}: {self.unit}, {self.step} of {self.run.max_steps} steps")
-        self.log.start_clock()
-
-    def show(self, length: int) -> str:
-        """A sample of what the model can do by now."""
-        torch.manual_seed(self.run.seed)
-        self.model.eval()
-        with self.autocast:
-            return self.demonstrate(length)
-
-    def demonstrate(self, length: int) -> str:
-        """A sample of about `length` tokens."""
-        return demonstrate(self.model, self.corpus, length)
-
-    def describe_data(self) -> str:
-        """What there is to learn from, for the first line."""
-        corpus = self.corpus
-        return (
-            f"{self.run.data}, {corpus.documents:,} document{'s' * (corpus.documents != 1)}; "
-            f"{len(corpus.train):,} tokens to train on, {len(corpus.validation):,} to validate; "
-            f"vocabulary of {self.config.vocab_size:,}"
-        )
-
-    def report(self) -> None:
-        """Log the mean loss since the last report. Raises ValueError if the run has diverged."""
-        losses = torch.stack([loss for loss, _ in self.pending]).tolist()  # (waits for the device)
-        tokens, self.pending = sum(tokens for _, tokens in self.pending), []
-        lr = schedule(self.step - 1, self.run) * self.run.lr
-        guess = math.log(self.config.vocab_size)
-        self.log.report(self.step, self.run, losses, tokens, lr, guess)
-
-    def begin(self) -> None:
-        """Say what comes; write run.json, tokenizer.json and, for a new run, the first ckpt.pt."""
-        from data import RunLog, naming, ranks, replacing, set_aside
-
-        run, parts = self.run, [self.config, self.objective, self.run]
-        if run.init_from != "resume":
-            set_aside(self.out_dir)
-        self.log = RunLog(self.out_dir, self.step if run.init_from == "resume" else None)
-        if ranks()[0] > 0:
-            return
-        for left in self.out_dir.glob("*.tmp"):  # of a run that was killed while it wrote
-            left.unlink()
-        settings = {name: value for part in parts for name, value in asdict(part).items()}
-        with replacing(self.out_dir / "run.json", "w") as file:
-            json.dump(settings | ({"task": asdict(self.task)} if self.task else {}), file, indent=1)
-        with naming(self.out_dir / "tokenizer.json"):
-            self.tokenizer.save(self.out_dir / "tokenizer.json")
-        weights = sum(p.numel() for p in self.model.parameters())
-        self.log.say(
-            f"data: {self.describe_data()}",
-            f"model: {weights / 1e6:.2f} million parameters, on {self.device.type} in {run.dtype}; "
-            f"{run.max_steps:,} steps of {run.rows} sequences",
-        )
-        if self.step:
-            self.log.say(f"resumed at step {self.step}")
-        else:
-            self.save("ckpt.pt")
-
-    def save(self, name: str, weights_only: bool = False) -> None:
-        """Write a checkpoint: tensors and plain types only. The old one stays until it is whole."""
-        from data import ranks, replacing
-
-        if ranks()[0] > 0:
-            return
-        state = dict(
-            name=NAME, step=self.step, best_loss=self.best,
-            config=asdict(self.config), objective=asdict(self.objective), run=asdict(self.run),
-            task=asdict(self.task) if self.task else None,
-            documents=self.corpus.documents if self.corpus else 0, model=self.model.state_dict(),
-            pending=[(float(loss), tokens) for loss, tokens in self.pending],
-        )
-        if not weights_only:
-            state |= dict(optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict())
-        with replacing(self.out_dir / name) as file:
-            torch.save(state, file)
-
-
-class FineTuner(Trainer):
-    """A run that learns a task from examples, and stops when it only learns them by heart."""
-
-    unit, corpus = "loss on the examples", None
-
-    def __init__(self, run: FinetuneConfig, config, objective, checkpoint: dict, task: Task):
-        self.task = task
-        super().__init__(run, config, objective, checkpoint)
-
-    def open_data(self, run: FinetuneConfig, checkpoint: dict) -> int:
-        from data import Batches, Examples, task_rows
-
-        self.tokenizer, parts = checkpoint["tokenizer"], task_rows(self.task, run.data)
-        self.config = self.task.fit(self.config, parts)
-        if run.dropout is not None:
-            self.config = replace(self.config, dropout=run.dropout)
-        self.examples, self.held_out = (
-            Examples(self.task, parts[part], self.tokenizer, self.config, parts["train"])
-            for part in ("train", "validation")
-        )
-        if not self.examples.rows or not self.held_out.rows:
-            raise ValueError(f"{run.data}: no examples are left to learn from, or to hold out")
-        self.batches = Batches(self.examples.lengths, run.rows, run.seed)
-        return len(self.examples.rows)
-
-    def take_weights(self, run: FinetuneConfig, checkpoint: dict) -> None:
-        """The checkpoint's, but for those of another task; freeze what is not to change."""
-        weights, frozen = checkpoint["model"], self.task.prepare(self.model, run.freeze)
-        if run.init_from != "resume":
-            shapes = {name: tensor.shape for name, tensor in self.model.state_dict().items()}
-            weights = {
-                name: tensor for name, tensor in weights.items()
-                if not run.scratch and tensor.shape == shapes.get(name)
-            }
-        self.model.load_state_dict(weights, strict=run.init_from == "resume")
-        for module in frozen:
-            module.requires_grad_(False)
-
-    def draw_batch(self) -> dict:
-        generator = np.random.default_rng((self.run.seed, self.step))
-        return self.examples.batch(self.batches[self.step], generator)
-
-    def evaluate(self) -> dict[str, float]:
-        found, self.table = evaluate_task(
-            self.task, self.model, self.held_out, self.autocast, self.run.batch_size)
-        return found
-
-    @property
-    def stops_early(self) -> bool:
-        """Whether the last `patience` evaluations found no lower loss."""
-        losses = [row["val_loss"] for row in self.log.rows if "val_loss" in row]
-        patience = self.run.patience
-        return 0 < patience < len(losses) and min(losses[-patience:]) >= min(losses[:-patience])
-
-    def demonstrate(self, length: int) -> str:
-        return self.task.demonstrate(self.model, self.held_out, length)
-
-    def describe_data(self) -> str:
-        learn, held_out = self.examples, self.held_out
-        notes = {"cropped": learn.cropped + held_out.cropped,
-                 "left out": learn.left_out + held_out.left_out}
-        return "; ".join([
-            f"{self.run.data or 'the stories of input.txt'}, {len(learn.rows):,} examples to learn "
-            f"from, {len(held_out.rows):,} held out",
-            *(f"{n:,} {what}" for what, n in notes.items() if n),
-        ])
-
-
-# --------------------------------------------------------------------------------------------------
-# 10. The command line
-# --------------------------------------------------------------------------------------------------
+    if state:
+        step, best, worse = state["step"], state["best"], state["worse"]
+        groups = optimizer.state_dict()["param_groups"]  # with the learning rates of now
+        optimizer.load_state_dict(state["optimizer"] | {"param_groups": groups})
+        scaler.load_state_dict(state["scaler"] or scaler.state_dict())  # ({}: it was not float16)
+    else:
+        checkpoint("ckpt.pt")  # a run that is killed before its first evaluation can go on, too
+    with asked_to_stop() as pressed:
+        while step < run.max_steps and not 0 < run.patience <= worse:
+            if any_rank(pressed):  # Ctrl-C: in whichever process, all stop at the same step
+                checkpoint("ckpt.pt")
+                return False
+            for group in optimizer.param_groups:
+                group["lr"] = group["highest_lr"] * schedule(step, run)
+            batch = task.batch(step)
+            torch.manual_seed((run.seed * 1_000_003 + step) * ranks()[1] + ranks()[0])  # dropout's
+            log.add(update(model, task, batch, optimizer, scaler, autocast, run), batch)
+            step += 1
+            evaluating = step % run.eval_interval == 0 or step == run.max_steps  # (0: an epoch's)
+            if evaluating or step % run.log_interval == 0:
+                log.report(step, schedule(step - 1, run))
+            if evaluating:
+                found = evaluate(model, task, run.batch_size, autocast, most=1 << 20)
+                with autocast:
+                    sample = task.demonstrate(model, 400 if step == run.max_steps else 40)
+                log.evaluated(step, found, sample)
+                worse = 0 if found["val_loss"] < best else worse + 1
+                best = min(best, found["val_loss"])
+                if worse == 0:
+                    checkpoint("best.pt")
+                checkpoint("ckpt.pt")
+            if run.snapshot_interval and step % run.snapshot_interval == 0:
+                checkpoint(f"ckpt_{step:06d}.pt")
+    return True
 
 
 def from_pretrained(name_or_folder) -> Model:
     """A model that was trained here, by its run's folder or a checkpoint's path; or a published
-    one, by its name on the Hugging Face hub or of its folder. In evaluation mode, float32.
+    one, by its name on the Hugging Face hub or of its folder. In evaluation mode, float32. Raises
+    ValueError or OSError where it is none of this architecture."""
+    from data import open_model
 
-    Raises ValueError or OSError where it is none, or not of this file's architecture.
-    """
-    from data import open_weights
-
-    return open_weights(sys.modules[__name__], name_or_folder)
+    return open_model(sys.modules[__name__], name_or_folder)[0].eval()
 
 
-def save_pretrained(model, folder, task: dict | None = None) -> None:
+def save_pretrained(model, folder, task=None) -> None:
     """Write config.json and model.safetensors, which `transformers` opens with the same results.
-
-    task: of a fine-tuned model, the fields of `Task`. Raises ValueError for a variant that
-    `transformers` has no class for, OSError where nothing can be written.
-    """
+    task: what it learned from. Raises ValueError for a variant that has no class there."""
     from data import save_published
 
-    save_published(folder, to_published(model.config), published_weights(model), task)
+    save_published(sys.modules[__name__], folder, model, task)
 
 
 Model.from_pretrained, Model.save_pretrained = staticmethod(from_pretrained), save_pretrained
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; exit status: 0 done, 2 the user's mistake (a line says which), 130 Ctrl-C.
-
-    The commands are in data.py: they read flags and files, and call what stands above.
-    """
+    """Run a command (they are in data.py: they read flags and files, and call what stands above).
+    Exit status: 0 done, 2 the user's mistake (a line says which), 130 Ctrl-C."""
     try:
         from data import run_command
     except ImportError as error:
         if error.name not in ("bpe", "data"):
             raise
-        hidden = not isinstance(error, ModuleNotFoundError)
-        print(f"error: {error.name}.py is {'hidden by a namesake' if hidden else 'missing'}: put "
-              f"bpe.py and data.py beside {NAME}.py", file=sys.stderr)
+        print(f"error: {error.name}.py is missing, or hidden by a namesake: put bpe.py and data.py "
+              f"beside {NAME}.py", file=sys.stderr)
         return 2
     return run_command(sys.modules[__name__], sys.argv[1:] if arguments is None else arguments)
 

@@ -26,44 +26,48 @@ and no layer has a bias of its own.
     python t5.py --help                             every flag
 
 The lesson of this file is how source and target find each other: see `T5.init_attention`. It reads
-from top to bottom: 1 this page, 2 the configuration, 3 layers, 4 the model, 5 the objective,
-6 generation, 7 published weights, 8 fine-tuning, 9 training, 10 the command line. Copied alone into
-a project, this file still gives `from t5 import T5, T5Config`; its commands need bpe.py (the
-tokenizer) and data.py (files, downloads, the log) beside it. To learn, change things:
-`--mean_span 1` (is that easier?), `--corruption bernoulli`, `--n_decoder_layer 1`,
-`--act gated-gelu --tie false` (version 1.1); leave one half of `init_attention` out, then both.
+from top to bottom: 1 this page, 2 the configuration, 3 layers, 4 the model, 5 pretraining,
+6 fine-tuning, 7 published weights, 9 training (8 is GPT's alone). Copied alone into a project, it
+still gives `from t5 import T5, T5Config`; its commands need bpe.py (tokenizers) and data.py (files,
+flags, log) beside it. To learn, change things: `--mean_span 1` (is that easier?), `--corruption
+bernoulli`, `--n_decoder_layer 1`, `--act gated-gelu --tie false` (version 1.1); leave one half of
+`init_attention` out, then both.
 
 Papers: Raffel et al. 2020, https://arxiv.org/abs/1910.10683 (T5); Shazeer 2020,
 https://arxiv.org/abs/2002.05202 (gated feed-forwards); Vaswani et al. 2017,
 https://arxiv.org/abs/1706.03762 (attention).
 """
 
-import os
-import signal
-
-if __name__ == "__main__":  # Ctrl-C while the packages load leaves no traceback
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
-
-import contextlib
-import functools
-import itertools
-import json
 import math
 import re
 import sys
-from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
-from typing import Literal, get_args, get_origin
+import textwrap
+from collections import Counter
+from dataclasses import dataclass, fields
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.optim.adamw import adamw
 
-# --------------------------------------------------------------------------------------------------
-# 2. The configuration
-# --------------------------------------------------------------------------------------------------
+# 2. The configuration -----------------------------------------------------------------------------
+
+
+def check(config, **bounds):
+    """Raises ValueError where a field of the dataclass is of another type than declared, none of
+    its choices, or out of its bounds: least, or (least, most)."""
+    for option in fields(config):
+        value, kinds = getattr(config, option.name), get_args(option.type) or (option.type,)
+        whole = type(value) is int and float in kinds  # 1 does for 1.0
+        if not whole and type(value) not in kinds and value not in kinds:  # types, or choices
+            names = ", ".join(getattr(kind, "__name__", str(kind)) for kind in kinds)
+            raise ValueError(f"{option.name} cannot be {value!r}: it is one of {names}")
+        bound = bounds.get(option.name, -math.inf)
+        least, most = bound if type(bound) is tuple else (bound, math.inf)
+        if type(value) in (int, float) and not least <= value <= most:
+            limit = f"at least {least}" if most == math.inf else f"between {least} and {most}"
+            raise ValueError(f"{option.name} has to be {limit}, not {value}")
 
 
 @dataclass
@@ -91,91 +95,40 @@ class T5Config:
     eos_id: int = 1  # the token that ends a text
 
     def __post_init__(self):
-        check_choices(self)
-        at_least(self, 1, "vocab_size", "n_layer", "n_decoder_layer", "n_head", "n_embd", "n_ff",
-                 "head_dim")
+        ids = (0, self.vocab_size - 1)
+        check(self, vocab_size=1, n_layer=1, n_head=1, n_embd=1, n_ff=1, head_dim=1, dropout=(0, 1),
+              n_decoder_layer=1, pad_id=ids, eos_id=ids)
         if self.head_dim is None and self.n_embd % self.n_head:
-            raise ValueError(
-                f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}: "
-                "change one of them or set head_dim"
-            )
+            raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}: "
+                             "change one of them, or set head_dim")
         if self.n_buckets < 4 or self.n_buckets % 2 or self.max_distance <= self.n_buckets // 2:
-            raise ValueError(
-                f"n_buckets has to be even and at least 4, max_distance more than half of it: "
-                f"{self.n_buckets} and {self.max_distance} are not"
-            )
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout {self.dropout} is not between 0 and 1")
-        if not all(0 <= i < self.vocab_size for i in (self.pad_id, self.eos_id)):
-            raise ValueError("pad_id and eos_id have to be below vocab_size")
-
-    @property
-    def key_width(self) -> int:
-        """Width of a head's queries and keys."""
-        return self.n_embd // self.n_head if self.head_dim is None else self.head_dim
-
-    @property
-    def ff_width(self) -> int:
-        """Width inside a feed-forward."""
-        return 4 * self.n_embd if self.n_ff is None else self.n_ff
-
-    @property
-    def decoder_layers(self) -> int:
-        """Blocks of the decoder."""
-        return self.n_layer if self.n_decoder_layer is None else self.n_decoder_layer
+            raise ValueError("n_buckets has to be even and at least 4, max_distance more than half "
+                             f"of it: {self.n_buckets} and {self.max_distance} are not")
 
 
 Config, NAME = T5Config, "t5"  # so named, what the files have in common is the same text
 
-PRESETS = {  # 60 M, 220 M and 770 M parameters; those of version 1.1: 77 M and 250 M
-    "laptop": dict(vocab_size=1024, n_layer=2, n_decoder_layer=3, n_head=4, n_embd=128),
-    "t4": dict(vocab_size=8192, n_layer=6, n_head=8, n_embd=512),  # for the GPU of that name
-    "t5-small": dict(vocab_size=32128, n_layer=6, n_head=8, n_embd=512),
-    "t5-base": dict(vocab_size=32128, n_layer=12, n_head=12, n_embd=768),
-    "t5-large": dict(vocab_size=32128, n_layer=24, n_head=16, n_embd=1024),
-    "t5-v1_1-small": dict(
-        vocab_size=32128, n_layer=8, n_head=6, n_embd=512, n_ff=1024, head_dim=64,
-        act="gated-gelu", tie=False,
-    ),
-    "t5-v1_1-base": dict(
-        vocab_size=32128, n_layer=12, n_head=12, n_embd=768, n_ff=2048,
-        act="gated-gelu", tie=False,
-    ),
+PRESETS = {  # sizes, and what goes with them in training; the first is the default
+    "laptop": dict(vocab_size=1024, n_layer=2, n_decoder_layer=3, n_head=4, n_embd=128,
+                   max_steps=2250, batch_size=32, lr=0.005, log_interval=50, eval_interval=750),
+    "t4": dict(vocab_size=8192, n_layer=6, n_head=8, n_embd=512,  # for the GPU of that name
+               block_size=256, max_steps=10000, batch_size=64, log_interval=50, eval_interval=500),
+    # 60 M, 220 M and 770 M parameters; those of version 1.1: 77 M and 250 M.
+    "t5-small": dict(vocab_size=32128, n_layer=6, n_head=8, n_embd=512, block_size=512),
+    "t5-base": dict(vocab_size=32128, n_layer=12, n_head=12, n_embd=768, block_size=512),
+    "t5-large": dict(vocab_size=32128, n_layer=24, n_head=16, n_embd=1024, block_size=512),
+    "t5-v1_1-small": dict(vocab_size=32128, n_layer=8, n_head=6, n_embd=512, n_ff=1024, head_dim=64,
+                          act="gated-gelu", tie=False, block_size=512),
+    "t5-v1_1-base": dict(vocab_size=32128, n_layer=12, n_head=12, n_embd=768, n_ff=2048,
+                         act="gated-gelu", tie=False, block_size=512),
 }
-RECIPES = {  # training settings that go with a preset (matrix_lr: Muon's, see 9); else laptop's
-    "laptop": dict(
-        block_size=128, max_steps=2250, batch_size=32, lr=0.005, matrix_lr=0.015, log_interval=50,
-        eval_interval=750,
-    ),
-    "t4": dict(
-        block_size=256, max_steps=10000, batch_size=64, log_interval=50, eval_interval=500),
-    "t5-small": dict(block_size=512),
-    "t5-base": dict(block_size=512),
-    "t5-large": dict(block_size=512),
-    "t5-v1_1-small": dict(block_size=512),
-    "t5-v1_1-base": dict(block_size=512),
+FINETUNING = {  # "published" is for models 512 wide and more
+    "laptop": dict(epochs=6.0, batch_size=16, optimizer="adamw", lr=0.002, eval_interval=0),
+    "published": dict(epochs=3.0, batch_size=8, optimizer="adamw", lr=1e-4, warmup_steps=50,
+                      weight_decay=0.01, eval_interval=0, drop_prob=0.0),
 }
 
-
-def at_least(config, least: int, *names: str) -> None:
-    """Raises ValueError where one of these fields is smaller (None stands for a default)."""
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and not value >= least:
-            raise ValueError(f"{name} has to be at least {least}, not {value}")
-
-
-def check_choices(config) -> None:
-    """Raises ValueError where a field that has a list of values, a Literal, has none of these."""
-    for option in fields(config):
-        value, values = getattr(config, option.name), get_args(option.type)
-        if get_origin(option.type) is Literal and value not in values:
-            raise ValueError(f"{option.name} {value!r} is none of {', '.join(values)}")
-
-
-# --------------------------------------------------------------------------------------------------
-# 3. Layers, from the bottom up
-# --------------------------------------------------------------------------------------------------
+# 3. Layers, from the bottom up --------------------------------------------------------------------
 # Shapes: B texts of T tokens, S tokens that they look at; C = n_embd numbers for each token; nh
 # heads, each with hd numbers for a query or a key, and vd for a value; V = vocab_size.
 
@@ -192,18 +145,18 @@ def attention(query, key, value, bias=None, causal=False, scale=None, dropout=0.
     scores of a wider head are no larger.
 
     The formula is the last three lines. In bfloat16 on a CPU it is 2.5 (T = 128) to 1.4 times (512)
-    as fast as PyTorch's fused kernel (all in one pass), which is taken on a GPU, from LONG keys on,
-    and for a single query.
+    as fast as PyTorch's fused kernel, which is taken on a GPU, for LONG texts, and for one query.
     """
-    T, S = query.size(-2), key.size(-2)
+    T, S, device = query.size(-2), key.size(-2), query.device.type
     scale = query.size(-1) ** -0.5 if scale is None else scale
-    fused = query.device.type != "cpu" or S >= LONG or T == 1
+    fused = device == "cuda" or device == "cpu" and (S >= LONG or T == 1)
     if causal and (T != S or bias is not None or not fused):  # the kernel's own mask: T = S
-        future = query.new_full((T, S), -math.inf).triu(1 + S - T)  # -inf: a weight of 0
+        # -inf, a weight of 0, right of the diagonal that ends in the last key: [0 0 -inf, 0 0 0]
+        future = query.new_full((T, S), -math.inf).triu(1 + S - T)  # (T, S)
         bias, causal = future if bias is None else bias + future, False
     if fused:
         return F.scaled_dot_product_attention(query, key, value, bias, dropout, causal, scale=scale)
-    scores = (query * scale) @ key.transpose(-2, -1)  # (B, nh, T, S)
+    scores = (query * scale) @ key.mT  # (B, nh, T, S)
     weights = F.softmax(scores if bias is None else scores + bias, dim=-1)
     return F.dropout(weights, dropout) @ value  # (B, nh, T, vd); (dropout is 0 outside training)
 
@@ -211,16 +164,16 @@ def attention(query, key, value, bias=None, causal=False, scale=None, dropout=0.
 class KVCache:
     """One attention layer's keys and values of all tokens so far: none is computed twice."""
 
-    def __init__(self, block_size: int):
-        self.block_size, self.length = block_size, 0
+    def __init__(self, size: int):
+        self.size, self.length = size, 0  # tokens that it can hold, that it holds
 
     def append(self, key, value):
         """key (B, nh, T, hd), value (B, nh, T, vd) of T new tokens -> those of all so far."""
         if self.length == 0:
             B, nh, _, hd = key.shape
             dtype = torch.float32 if key.device.type == "cpu" else key.dtype  # fastest for 1 query
-            self.keys = key.new_empty(B, nh, self.block_size, hd, dtype=dtype)
-            self.values = key.new_empty(B, nh, self.block_size, value.size(-1), dtype=dtype)
+            self.keys = key.new_empty(B, nh, self.size, hd, dtype=dtype)
+            self.values = key.new_empty(B, nh, self.size, value.size(-1), dtype=dtype)
         end = self.length + key.size(2)
         self.keys[:, :, self.length : end], self.values[:, :, self.length : end] = key, value
         self.length = end
@@ -237,10 +190,9 @@ def distance_buckets(distance, both_sides: bool, n_buckets: int, max_distance: i
     """The kind of each distance key - query, any shape, int64: 0 to n_buckets - 1 (Raffel, 2.1).
 
     With both_sides the first half of the kinds is for keys up to the query, the second for those
-    after it: n = n_buckets / 2 each. Without, all n = n_buckets are for keys up to it; later ones
-    are never seen, and count as distance 0. A distance d below e = n / 2 is a kind by itself; from
-    e on the kind is e + (n - e) * log(d / e) / log(max_distance / e), rounded down, at most n - 1:
-    ranges that grow like powers.
+    after it: n = n_buckets / 2 each. Without, all n are for keys up to it. A distance d below e =
+    n / 2 is a kind by itself; from e on the kind is e + (n - e) * log(d / e) / log(max_distance /
+    e), rounded down, at most n - 1: ranges that grow like powers.
     """
     if both_sides:
         n_buckets //= 2
@@ -264,16 +216,16 @@ class Attention(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.n_head, self.dropout = config.n_head, config.dropout
-        width = config.n_head * config.key_width
-        self.query = nn.Linear(config.n_embd, width, bias=False)
-        self.query.weight.lr_factor = config.key_width**-0.5  # of its learning rate (9)
-        self.kv = nn.Linear(config.n_embd, 2 * width, bias=False)  # two maps in one
-        self.kv.weight.maps = 2  # for Muon they are two
-        self.proj = nn.Linear(width, config.n_embd, bias=False)
+        hd = config.head_dim or config.n_embd // config.n_head
+        self.query = nn.Linear(config.n_embd, config.n_head * hd, bias=False)
+        self.query.weight.lr_factor = hd**-0.5  # of its learning rate (9)
+        self.kv = nn.Linear(config.n_embd, 2 * config.n_head * hd, bias=False)  # two maps in one
+        self.kv.weight.maps = 2  # Muon (9) takes them as 2 matrices
+        self.proj = nn.Linear(config.n_head * hd, config.n_embd, bias=False)
 
     def heads(self, x):
         """(B, T, nh * hd) -> (B, nh, T, hd)"""
-        return x.view(*x.shape[:2], self.n_head, -1).transpose(1, 2)
+        return x.unflatten(-1, (self.n_head, -1)).transpose(1, 2)
 
     def keys_values(self, x):
         """The keys and values of x (B, S, C): (B, nh, S, hd) each."""
@@ -296,11 +248,11 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        self.act, self.dropout = config.act, config.dropout
-        self.up = nn.Linear(config.n_embd, config.ff_width, bias=False)
+        self.act, self.dropout, width = config.act, config.dropout, config.n_ff or 4 * config.n_embd
+        self.up = nn.Linear(config.n_embd, width, bias=False)
         if config.act == "gated-gelu":
-            self.gate = nn.Linear(config.n_embd, config.ff_width, bias=False)
-        self.down = nn.Linear(config.ff_width, config.n_embd, bias=False)
+            self.gate = nn.Linear(config.n_embd, width, bias=False)
+        self.down = nn.Linear(width, config.n_embd, bias=False)
 
     def forward(self, x):
         """x (B, T, C) -> (B, T, C)."""
@@ -311,6 +263,56 @@ class FeedForward(nn.Module):
             inner = F.gelu(self.gate(x), approximate="tanh") * inner
         inner = F.dropout(inner, self.dropout, self.training)
         return F.dropout(self.down(inner), self.dropout, self.training)  # (B, T, C)
+
+
+def inverse_rms(x, eps: float):
+    """1 / sqrt(mean of x^2 + eps), the mean taken in float32 as published: (..., C) -> (..., 1)."""
+    return (x.float().square().mean(dim=-1, keepdim=True) + eps).rsqrt().to(x.dtype)
+
+
+class Normalize(torch.autograd.Function):
+    """For speed alone, an eighth of a step on a CPU: x (..., C), scale (C,) -> r x * scale with
+    r = inverse_rms(x).
+
+    With g the gradient times scale, dx = r (g - r x mean(g r x)). LayerNorm's has another term, r
+    mean(g), which its fused kernel subtracts: adding it again is twice as fast as PyTorch's
+    RMSNorm. Under autocast, the result comes in the type that the products after it take.
+    """
+
+    @staticmethod
+    def forward(ctx, x, scale, eps: float):
+        r = inverse_rms(x, eps)
+        ctx.save_for_backward(x, r, scale)
+        autocast = torch.is_autocast_enabled("cpu")
+        return (x * r).mul_(scale).to(torch.get_autocast_dtype("cpu") if autocast else x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, r, scale = ctx.saved_tensors
+        grad = grad.to(x.dtype)
+        dx, dscale, _ = torch.ops.aten.native_layer_norm_backward(
+            grad, x, scale.shape, torch.zeros_like(r), r, scale, None, (True, True, False))
+        mean = torch.mv(grad.flatten(0, -2), scale).view_as(r) / len(scale)
+        return dx.addcmul_(r, mean), dscale, None
+
+
+class RMSNorm(nn.RMSNorm):
+    """x / sqrt(mean(x^2) + eps) * scale: a position's C numbers get a mean square of 1, then a
+    learned scale; no mean is subtracted, nothing is added (Zhang & Sennrich 2019,
+    https://arxiv.org/abs/1910.07467)."""
+
+    def forward(self, x):
+        """x (..., C) -> (..., C)."""
+        if x.device.type != "cpu":
+            return super().forward(x)
+        if torch.is_grad_enabled():
+            return Normalize.apply(x, self.weight, self.eps)
+        return x * inverse_rms(x, self.eps) * self.weight
+
+
+def make_norm(config: Config):
+    """The norm before each sublayer, and after the last block."""
+    return RMSNorm(config.n_embd, eps=1e-6)
 
 
 class Block(nn.Module):
@@ -338,56 +340,6 @@ class Block(nn.Module):
         return x + self.mlp(self.mlp_norm(x))
 
 
-def inverse_rms(x, eps: float):
-    """1 / sqrt(mean of x^2 + eps), the mean taken in float32 as published: (..., C) -> (..., 1)."""
-    return (x.float().square().mean(dim=-1, keepdim=True) + eps).rsqrt().to(x.dtype)
-
-
-class Normalize(torch.autograd.Function):
-    """For speed alone: RMSNorm by hand for a CPU, x (..., C), scale (C,) -> r x * scale with
-    r = inverse_rms(x).
-
-    With g the gradient times scale, dx = r (g - r x mean(g r x)). LayerNorm's has another term, r
-    mean(g), which its fused kernel subtracts: adding it again is twice as fast as PyTorch's
-    RMSNorm, which has a kernel of its own on a GPU alone. Under autocast, the result comes in the
-    type that the products after it take, so that it is converted once, not before each.
-    """
-
-    @staticmethod
-    def forward(ctx, x, scale, eps: float):
-        r = inverse_rms(x, eps)
-        ctx.save_for_backward(x, r, scale)
-        autocast = torch.is_autocast_enabled("cpu")
-        return (x * r).mul_(scale).to(torch.get_autocast_dtype("cpu") if autocast else x.dtype)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, r, scale = ctx.saved_tensors
-        grad = grad.to(x.dtype)
-        dx, dscale, _ = torch.ops.aten.native_layer_norm_backward(
-            grad, x, scale.shape, torch.zeros_like(r), r, scale, None, (True, True, False))
-        mean = torch.mv(grad.flatten(0, -2), scale).view_as(r) / len(scale)
-        return dx.addcmul_(r, mean), dscale, None
-
-
-class RMSNorm(nn.RMSNorm):
-    """x / sqrt(mean(x^2) + eps) * scale: a position's C numbers get a mean square of 1, then a
-    learned scale; no mean is subtracted, nothing is added (Zhang & Sennrich 2019,
-    https://arxiv.org/abs/1910.07467)."""
-
-    def forward(self, x):
-        if x.device.type != "cpu":
-            return super().forward(x)
-        if torch.is_grad_enabled():
-            return Normalize.apply(x, self.weight, self.eps)
-        return x * inverse_rms(x, self.eps) * self.weight
-
-
-def make_norm(config: Config):
-    """The norm before each sublayer, and after the last block."""
-    return RMSNorm(config.n_embd, eps=1e-6)
-
-
 class Stack(nn.Module):
     """The encoder or the decoder: blocks that share their biases of distances, and a last norm."""
 
@@ -402,26 +354,20 @@ class Stack(nn.Module):
     def distance_bias(self, T: int, S: int):
         """What scores get for the distance of the last T of S positions to all S: (1, nh, T, S)."""
         place = torch.arange(S, device=self.distance_embedding.weight.device)
-        bucket = distance_buckets(
-            place - place[S - T :, None], not self.decoder,
-            self.config.n_buckets, self.config.max_distance,
-        )
-        return self.distance_embedding(bucket).permute(2, 0, 1)[None]
+        bucket = distance_buckets(place - place[S - T :, None], not self.decoder,
+                                  self.config.n_buckets, self.config.max_distance)
+        # (Contiguous: no fused kernel takes another stride.)
+        return self.distance_embedding(bucket).permute(2, 0, 1)[None].contiguous()
 
     def forward(self, x, bias, sources=None, source_bias=None, caches=None):
         """x (B, T, C), bias (B or 1, nh, T, S) -> (B, T, C). sources, caches: one per block."""
-        x = self.drop(x)
-        for i, block in enumerate(self.blocks):
-            x = block(
-                x, bias, sources[i] if sources else None, source_bias,
-                caches[i] if caches else None,
-            )
+        x, none = self.drop(x), [None] * len(self.blocks)
+        for block, source, cache in zip(self.blocks, sources or none, caches or none):
+            x = block(x, bias, source, source_bias, cache)
         return self.drop(self.norm(x))
 
 
-# --------------------------------------------------------------------------------------------------
-# 4. The model
-# --------------------------------------------------------------------------------------------------
+# 4. The model -------------------------------------------------------------------------------------
 
 
 class T5(nn.Module):
@@ -434,8 +380,9 @@ class T5(nn.Module):
         self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
         self.token_embedding.weight.lr_factor = 10.0  # of its learning rate: see `init_weights`
         self.encoder = Stack(config, config.n_layer, decoder=False)
-        self.decoder = Stack(config, config.decoder_layers, decoder=True)
+        self.decoder = Stack(config, config.n_decoder_layer or config.n_layer, decoder=True)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.register_buffer("never", torch.zeros(0, dtype=torch.long), persistent=False)  # Writer
         self.apply(self.init_weights)
         self.init_attention()
         if config.tie:
@@ -480,13 +427,13 @@ class T5(nn.Module):
         self.encoder.distance_embedding.weight[bucket, head] += 7.0
         first = self.decoder.blocks[0].cross
         key, _ = first.kv.weight.chunk(2)  # (nh * hd, C)
-        # A score sums C * hd products, times 1 / sqrt(hd) from below: about 7 where like meets
-        # like.
-        nn.init.normal_(key, std=(7 / config.n_embd / config.key_width**0.5) ** 0.5)
+        hd = len(key) // config.n_head
+        # A score sums C * hd products, times hd^-0.5 from below: about 7 where like meets like.
+        nn.init.normal_(key, std=(7 / config.n_embd / hd**0.5) ** 0.5)
         first.query.weight.copy_(key)
         for module in self.modules():
             if isinstance(module, Attention):  # in place of the division by sqrt(hd): see there
-                module.query.weight *= config.key_width**-0.5
+                module.query.weight *= hd**-0.5
 
     def encode(self, src, src_mask=None):
         """src (B, S) int64 -> memory (B, S, C). src_mask (B, S) bool: True for a real token, False
@@ -496,285 +443,56 @@ class T5(nn.Module):
             bias = bias + padding_bias(src_mask)
         return self.encoder(self.token_embedding(src), bias)
 
-    def keys_values(self, memory):
-        """The keys and values that the decoder's blocks have of the memory (B, S, C): for each
-        block two of (B, nh, S, hd)."""
-        return [block.cross.keys_values(memory) for block in self.decoder.blocks]
-
     def decode(self, tokens, bias, sources, source_bias=None, caches=None):
         """tokens (B, T) int64 of the target so far, with caches the new ones -> logits (B, T, V)
-        of the tokens that follow each. bias: the decoder's `distance_bias`."""
+        of the tokens that follow each. bias: the decoder's `distance_bias`. sources: for each of
+        its blocks the keys and values of the memory."""
         hidden = self.decoder(self.token_embedding(tokens), bias, sources, source_bias, caches)
         if self.config.tie and self.config.scale_head:
             # Or else, since the embeddings have variance 1, scores would have variance C.
             hidden = hidden * self.config.n_embd**-0.5
         return self.head(hidden)
 
-    def forward(self, src, tgt, src_mask=None, with_loss: bool = True):
+    def forward(self, src, tgt, src_mask=None):
         """src (B, S) int64, tgt (B, T) int64: the source, and the target with its </s> at the end
-        -> logits (B, T, V) for each of the target's tokens, given those before it; the mean loss,
-        or None if with_loss=False (the training below computes its own, see `loss_sum`).
+        -> logits (B, T, V) for each of the target's tokens, given those before it; the mean loss.
 
         Where tgt is -100 nothing is asked. src_mask (B, S) bool: see `encode`. The decoder reads
         the true tokens, one behind, not what it would have written (teacher forcing).
         """
         shown = tgt.masked_fill(tgt < 0, self.config.pad_id)
         before = F.pad(shown, (1, -1), value=self.config.pad_id)  # what stands before each token
-        logits = self.decode(
-            before, self.decoder.distance_bias(tgt.size(1), tgt.size(1)),
-            self.keys_values(self.encode(src, src_mask)),
-            None if src_mask is None else padding_bias(src_mask),
-        )
-        if not with_loss:
-            return logits, None
-        return logits, F.cross_entropy(logits.flatten(0, 1), tgt.flatten(), ignore_index=-100)
+        memory, T = self.encode(src, src_mask), tgt.size(1)
+        sources = [block.cross.keys_values(memory) for block in self.decoder.blocks]
+        source_bias = None if src_mask is None else padding_bias(src_mask)
+        logits = self.decode(before, self.decoder.distance_bias(T, T), sources, source_bias)
+        return logits, F.cross_entropy(logits.flatten(0, 1).float(), tgt.flatten())
 
+    @torch.no_grad()
+    def generate(self, src, max_new_tokens, temperature=0.0, top_k=None, top_p=None, beams=1,
+                 src_mask=None):
+        """Write a target for each source, src (B, S) int64 -> (B, n) int64, n <= max_new_tokens.
 
-Model = T5
-
-# --------------------------------------------------------------------------------------------------
-# 5. The objective: say what was cut out
-# --------------------------------------------------------------------------------------------------
-# A corpus (data.Corpus) has train and validation, arrays of token ids. `luck` is always random
-# numbers from [0, 1).
-
-SENTINELS = [f"<extra_id_{i}>" for i in range(100)]
-SPECIAL_TOKENS = ["<pad>", "</s>", *SENTINELS]
-SEPARATOR = "</s>"  # before the first document, between documents and after the last
-TOKEN_LOSS = "val_loss"  # what perplexity is computed from
-
-
-@dataclass
-class ObjectiveConfig:
-    """How much is cut out, and in what pieces. Raises ValueError where sentinels do not suffice."""
-
-    block_size: int = 128  # tokens of a text before anything is cut out
-    noise_density: float = 0.15  # share of the tokens that is cut out
-    corruption: Literal["spans", "bernoulli"] = "spans"  # bernoulli: each token independently
-    mean_span: float = 3.0  # tokens in a span, on average (bernoulli: no effect, neighbours merge)
-
-    def __post_init__(self):
-        at_least(self, 2, "block_size")
-        if not 0 < self.noise_density < 1:
-            raise ValueError(f"noise_density {self.noise_density} is not between 0 and 1")
-        at_least(self, 1, "mean_span")
-        _, spans = noise_counts(self.block_size, self)
-        if spans > len(SENTINELS):
+        Each ends with </s>, unless it got too long, and is filled up with <pad>. temperature,
+        top_k, top_p: see `sample`; temperature 0 takes the likeliest token every time. beams > 1:
+        see `beam_search`, which does without these three. src_mask (B, S) bool: see `encode`.
+        Raises ValueError for other shapes. The model is left in evaluation mode.
+        """
+        if src.ndim != 2 or not src.numel() or max_new_tokens < 1:
             raise ValueError(
-                f"{self.block_size} tokens have {spans} spans, and there are {len(SENTINELS)} "
-                "sentinels: take a smaller --block_size or a larger --mean_span"
-            )
-
-
-def noise_counts(length: int, objective: ObjectiveConfig) -> tuple[int, int]:
-    """(tokens to cut out, spans) of a text of `length` tokens, by the rounding of the paper's code.
-    With independent tokens: the expected numbers."""
-    noise = min(max(round(length * objective.noise_density), 1), length - 1)
-    if objective.corruption == "bernoulli":
-        return noise, max(round(noise * (1 - objective.noise_density)), 1)  # those that begin one
-    return noise, min(max(round(noise / objective.mean_span), 1), noise, length - noise)
-
-
-def random_lengths(luck, parts: int):
-    """Cut n + 1 things into `parts` pieces of at least one, all ways equally likely. luck (rows, n)
-    has a random number for each place between two things; the cuts fall on the parts - 1 smallest
-    -> the pieces' lengths (rows, parts) int64."""
-    cuts = luck.argsort(axis=1)[:, : parts - 1] + 1
-    return np.diff(np.sort(cuts, axis=1), axis=1, prepend=0, append=luck.shape[1] + 1)
-
-
-def draw_noise(rows: int, length: int, objective: ObjectiveConfig, generator):
-    """Which tokens are cut out: (rows, length) bool.
-
-    "bernoulli" (Raffel, 3.1.4): each token by itself. "spans" (3.3.4; `random_spans_noise_mask` in
-    its code): a fixed number of tokens in a fixed number of spans, text and spans in turn, with
-    text first. So all rows have the same lengths, and nothing needs padding.
-    """
-    noise, spans = noise_counts(length, objective)
-    if objective.corruption == "bernoulli":
-        mask = generator.random((rows, length)) < objective.noise_density
-        return mask & (starts_of(mask).cumsum(axis=1) <= len(SENTINELS))  # the rest stays
-    # Places to cut: length - noise - 1 between the text's tokens, noise - 1 between the noise's.
-    of_text, of_noise = np.split(generator.random((rows, length - 2)), [length - noise - 1], axis=1)
-    lengths = np.stack(
-        (random_lengths(of_text, spans), random_lengths(of_noise, spans)), axis=2
-    ).reshape(rows, 2 * spans)
-    borders = np.zeros((rows, length), np.int64)  # 1 where text and noise change
-    np.put_along_axis(borders, lengths.cumsum(axis=1)[:, :-1], 1, axis=1)
-    return borders.cumsum(axis=1) % 2 == 1
-
-
-def starts_of(noise):
-    """Where spans begin: (rows, length) bool -> the same shape."""
-    return noise & ~np.pad(noise, ((0, 0), (1, 0)))[:, :-1]
-
-
-def pack(tokens, keep, eos_id: int, fill: int):
-    """tokens (rows, n) int64, keep (rows, n) bool -> each row's kept tokens side by side, eos_id,
-    and `fill` up to the longest row: (rows, longest + 1) int64."""
-    lengths = keep.sum(axis=1)
-    packed = np.full((len(keep), lengths.max() + 1), fill)
-    packed[np.nonzero(keep)[0], (keep.cumsum(axis=1) - 1)[keep]] = tokens[keep]
-    packed[np.arange(len(keep)), lengths] = eos_id
-    return packed
-
-
-def corrupt(tokens, noise, sentinels, config: Config) -> dict:
-    """Cut the noise out of tokens, both (rows, length), as numpy arrays.
-
-    -> a batch: src (rows, S): the text with a sentinel for each span; tgt (rows, T): each sentinel
-    and the tokens it stands for; both end in </s>. Where rows differ in length: src_mask (rows, S).
-    """
-    starts = starts_of(noise)
-    marks = sentinels[starts.cumsum(axis=1) - 1]  # of the span that is here or was last
-    src = pack(np.where(starts, marks, tokens), starts | ~noise, config.eos_id, config.pad_id)
-    both = np.stack((marks, tokens), axis=2).reshape(len(tokens), -1)  # mark, token, mark, token...
-    kept = np.stack((starts, noise), axis=2).reshape(len(tokens), -1)
-    batch = dict(src=src, tgt=pack(both, kept, config.eos_id, -100))
-    real = np.arange(src.shape[1]) <= (starts | ~noise).sum(axis=1)[:, None]
-    batch |= {} if real.all() else {"src_mask": real}
-    return {name: torch.from_numpy(array) for name, array in batch.items()}
-
-
-def sentinel_ids(tokenizer):
-    """The ids of the sentinels, in order, (n,) int64."""
-    return np.array([tokenizer.special[name] for name in SENTINELS])
-
-
-@functools.lru_cache(4)
-def tokens_before(corpus, part: str):
-    """How many tokens of text come before each separator of a part, (n,) int64."""
-    edges = corpus.edges(part)
-    return edges - np.arange(len(edges))
-
-
-def windows(corpus, part: str, begin, length: int):
-    """Windows of a part's text, from token number begin (n,) on -> (n, length) int64. Separators
-    are left out, so a window may run on into the next document, as in the paper's code
-    (`reduce_concat_tokens`)."""
-    place = begin[:, None] + np.arange(length)
-    place = place + np.searchsorted(tokens_before(corpus, part), place, side="right")
-    return getattr(corpus, part)[place].astype(np.int64)
-
-
-def text_length(corpus, part: str) -> int:
-    """How many tokens the part has without separators."""
-    return len(getattr(corpus, part)) - len(tokens_before(corpus, part))
-
-
-def rows_per_epoch(corpus, config: Config, objective: ObjectiveConfig) -> int:
-    """How many windows the training part fills. Raises ValueError where it is too short."""
-    T = objective.block_size
-    texts = [text_length(corpus, part) for part in ("train", "validation")]
-    if min(texts) < T:
-        raise ValueError(
-            f"the text is too short: {texts[0]} tokens to train on and {texts[1]} to validate do "
-            f"not fill windows of {T}; give more text or a smaller --block_size"
-        )
-    return max(texts[0] // T - 1, 1)  # one less: the offset is free
-
-
-def train_batch(
-    corpus, config: Config, objective: ObjectiveConfig, run: "TrainConfig", step: int
-) -> dict:
-    """A step's batch (see `corrupt`), which depends on (seed, step) alone.
-
-    An epoch lays windows end to end from a random offset and takes each once, in random order.
-    """
-    from data import shuffled_rows
-
-    T, n = objective.block_size, rows_per_epoch(corpus, config, objective)
-    row, luck = shuffled_rows(n, run.seed, step * run.rows, run.rows)
-    offset = (luck * (text_length(corpus, "train") - n * T + 1)).astype(np.int64)
-    tokens = windows(corpus, "train", offset + row * T, T)
-    noise = draw_noise(run.rows, T, objective, np.random.default_rng((run.seed, step)))
-    return corrupt(tokens, noise, sentinel_ids(corpus.tokenizer), config)
-
-
-def eval_batches(corpus, config: Config, objective: ObjectiveConfig, rows: int):
-    """The whole validation part, in windows that do not overlap, but for the last, which ends where
-    the text ends. The noise is always the same, whatever the seed and the number of rows.
-    """
-    T, length = objective.block_size, text_length(corpus, "validation")
-    generator = np.random.default_rng(0)
-    begin = np.minimum(np.arange(-(-length // T)) * T, length - T)
-    sentinels = sentinel_ids(corpus.tokenizer)
-    for i in range(0, len(begin), rows):
-        tokens = windows(corpus, "validation", begin[i : i + rows], T)
-        noise = draw_noise(len(tokens), T, objective, generator)
-        batch = corrupt(tokens, noise, sentinels, config)
-        mark = np.isin(batch["tgt"], [config.eos_id, -100, *sentinels])
-        yield batch | {"in_span": torch.from_numpy(~mark)}
-
-
-class CrossEntropy(torch.autograd.Function):
-    """The sum of weight * -log softmax(logits)[target]: logits (N, V), targets (N,) int64, weights
-    (N,), 0 where nothing is asked -> a number.
-
-    Its gradient is weight * (softmax(logits) - onehot(target)): `forward` computes that in place of
-    the probabilities, and keeps it in the logits' own type. `F.cross_entropy` computes the same (a
-    test compares them), but passes over N x V float32 numbers three more times.
-    """
-
-    @staticmethod
-    def forward(ctx, logits, targets, weights):
-        target, weight = targets.clamp(min=0).unsqueeze(1), weights.unsqueeze(1)  # (N, 1) each
-        wide = torch.promote_types(logits.dtype, torch.float32)
-        p = F.softmax(logits, dim=-1, dtype=wide)  # (N, V)
-        chosen = p.gather(1, target).clamp(min=torch.finfo(p.dtype).tiny)  # log 0 would be -inf
-        p.scatter_add_(1, target, -torch.ones_like(chosen))  # from here on p - onehot
-        if not (weight == 1).all():
-            p.mul_(weight)
-        ctx.save_for_backward(p.to(logits.dtype))
-        return -(chosen.log() * weight).sum()
-
-    @staticmethod
-    def backward(ctx, scale):
-        return ctx.saved_tensors[0] * scale.to(ctx.saved_tensors[0].dtype), None, None
-
-
-def loss_sum(model: Model, batch: dict):
-    """(sum of the target's losses, how many tokens it has, metrics).
-
-    Sums, so that parts of a batch can be added up. A metric is a pair of sums, a numerator and a
-    denominator: span_accuracy counts the tokens that were cut out, but no sentinels and no </s>.
-    """
-    logits, _ = model(batch["src"], batch["tgt"], batch.get("src_mask"), with_loss=False)
-    logits = logits.flatten(0, 1)  # (B * T, V)
-    target = batch["tgt"].flatten()
-    loss = CrossEntropy.apply(logits, target, target != -100)
-    metrics = {}
-    if "in_span" in batch:
-        asked = batch["in_span"].flatten()
-        right = (logits.argmax(dim=-1) == target) & asked
-        metrics["span_accuracy"] = right.sum(), asked.sum()
-    return loss, (target != -100).sum(), metrics
-
-
-def count_tokens(batch: dict) -> int:
-    """How many tokens the model reads in a batch, source and target, padding left out."""
-    source = batch["src_mask"].sum() if "src_mask" in batch else batch["src"].numel()
-    return int(source + (batch["tgt"] != -100).sum())
-
-
-def count_flops(model: Model, batch: dict) -> float:
-    """Floating-point operations of a step: 6 for each multiplication of the forward pass, by a
-    weight or in attention's two products: 2 forward (with its addition), 4 backward."""
-    config, (B, S), T = model.config, batch["src"].shape, batch["tgt"].size(1)
-    width = config.n_head * config.key_width
-    weights = {"source": 0, "target": config.n_embd * config.vocab_size}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and name != "head":
-            from_source = name.startswith("encoder") or name.endswith("cross.kv")
-            weights["source" if from_source else "target"] += module.weight.numel()
-    products = weights["source"] * S + weights["target"] * T
-    scores = 2 * width * (config.n_layer * S * S + config.decoder_layers * T * (T + S))
-    return 6 * B * (products + scores)
-
-
-# --------------------------------------------------------------------------------------------------
-# 6. Generation: write what belongs in the gaps
-# --------------------------------------------------------------------------------------------------
+                f"src has to be (B, S), not {tuple(src.shape)}, and max_new_tokens at least 1")
+        self.eval()  # no dropout
+        if beams > 1:
+            return beam_search(self, src, max_new_tokens, beams, src_mask)
+        writer = Writer(self, src, src_mask, max_new_tokens)
+        column = src.new_full((len(src),), self.config.pad_id)
+        done, columns = torch.zeros_like(column, dtype=torch.bool), []
+        while len(columns) < max_new_tokens and not done.all():
+            column = sample(writer.step(column), temperature, top_k, top_p)
+            column = column.masked_fill(done, self.config.pad_id)
+            done |= column == self.config.eos_id
+            columns.append(column)
+        return torch.stack(columns, dim=1)
 
 
 def sample(logits, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None):
@@ -791,50 +509,33 @@ def sample(logits, temperature: float = 1.0, top_k: int | None = None, top_p: fl
     if top_p is not None and top_p < 1:
         before = probability.cumsum(dim=-1) - probability  # of all likelier ones; 0 for the first
         probability = probability.masked_fill(before >= top_p, 0.0)
-    # argmax(p / e), e from the exponential distribution, is token i with probability p_i: of clocks
-    # that run at random, each at its own rate, the first to tick. (torch.multinomial is slower.)
-    drawn = (
-        probability / torch.empty_like(probability).exponential_()
-    ).argmax(dim=-1, keepdim=True)
-    return token.gather(-1, drawn)[:, 0]
-
-
-@contextlib.contextmanager
-def fast_product(idx):
-    """For speed alone: within it, oneDNN, PyTorch's kernels for a CPU, is off if idx (B, T) is a
-    single token. It repacks a bfloat16 matrix first: for one vector that triples the time."""
-    before = torch.backends.mkldnn.enabled
-    torch.backends.mkldnn.enabled = before and idx.numel() > 1
-    try:
-        yield
-    finally:
-        torch.backends.mkldnn.enabled = before
+    return token.gather(-1, torch.multinomial(probability, 1))[:, 0]  # (B,)
 
 
 class Writer:
     """The decoder, token by token. What stays is computed once: the keys and values that it has of
     the source, and those of the tokens that it wrote before."""
 
-    def __init__(self, model: Model, src, src_mask, length: int, copies: int = 1):
+    def __init__(self, model: T5, src, src_mask, length: int, copies: int = 1):
         """length: of the longest target. copies: how many targets to write for each source."""
         self.model = model
         memory = model.encode(src, src_mask).repeat_interleave(copies, dim=0)
-        sources = model.keys_values(memory)  # (through a KVCache for its type: float32 on a CPU)
-        self.sources = [KVCache(src.size(1)).append(*pair) for pair in sources]
+        self.sources = [  # (through a KVCache for its type: float32 on a CPU)
+            KVCache(src.size(1)).append(*block.cross.keys_values(memory))
+            for block in model.decoder.blocks]
         self.source_bias = None
         if src_mask is not None:
             self.source_bias = padding_bias(src_mask).repeat_interleave(copies, dim=0)
-        self.caches = [KVCache(length) for _ in sources]
+        self.caches = [KVCache(length) for _ in self.sources]
         self.bias = model.decoder.distance_bias(1, length)  # distances length - 1, ..., 1, 0
-        self.bias = self.bias.to(self.sources[0][0].dtype)
 
     def step(self, column):
-        """column (B,) int64: the tokens written last -> scores of the next ones, (B, V)."""
-        bias = self.bias[..., -1 - self.caches[0].length :]
-        with fast_product(column):
-            logits = self.model.decode(
-                column[:, None], bias, self.sources, self.source_bias, self.caches)
-        return logits[:, 0]
+        """column (B,) int64: the tokens written last -> scores of the next ones, (B, V): -inf for
+        ids in `never`, which the tokenizer cannot spell."""
+        bias = self.bias[..., -1 - self.caches[0].length :].contiguous()  # (aligned for kernels)
+        logits = self.model.decode(
+            column[:, None], bias, self.sources, self.source_bias, self.caches)
+        return logits[:, 0].index_fill(1, self.model.never, -math.inf)
 
     def follow(self, rows):
         """Go on with these of the targets, (B,) int64. All copies have the same source, so only
@@ -844,46 +545,15 @@ class Writer:
                 kept[:, :, : cache.length] = kept[rows, :, : cache.length]
 
 
-@torch.no_grad()
-def generate(
-    model, src, max_new_tokens, temperature=0.0, top_k=None, top_p=None, beams=1, src_mask=None
-):
-    """Write a target for each source, src (B, S) int64 -> (B, n) int64, n <= max_new_tokens.
-
-    Each ends with </s>, unless it got too long, and is filled up with <pad>. temperature, top_k,
-    top_p: see `sample`; temperature 0 takes the likeliest token every time. beams > 1: see
-    `beam_search`, which does without these three. src_mask (B, S) bool: see `T5.encode`. Raises
-    ValueError for other shapes. The model is left in evaluation mode.
-    """
-    if src.ndim != 2 or not src.numel() or max_new_tokens < 1:
-        raise ValueError(
-            f"src has to be (B, S), not {tuple(src.shape)}, and max_new_tokens at least 1")
-    if beams > 1:
-        return beam_search(model, src, max_new_tokens, beams, src_mask)
-    model.eval()  # no dropout
-    writer = Writer(model, src, src_mask, max_new_tokens)
-    column = src.new_full((len(src),), model.config.pad_id)
-    done, columns = src.new_zeros(len(src), dtype=torch.bool), []
-    while len(columns) < max_new_tokens and not done.all():
-        column = sample(writer.step(column), temperature, top_k, top_p)
-        column = column.masked_fill(done, model.config.pad_id)
-        done |= column == model.config.eos_id
-        columns.append(column)
-    return torch.stack(columns, dim=1)
-
-
-@torch.no_grad()
-def beam_search(model, src, max_new_tokens, beams, src_mask=None):
+def beam_search(model: T5, src, max_new_tokens: int, beams: int, src_mask=None):
     """Of the targets found, those with the highest mean log-probability: src (B, S) -> (B, n).
 
     At each step every beginning (hypothesis) is continued by every token, and the likeliest `beams`
-    that do not end are kept. Taking the likeliest token each time (1 beam) may miss a target whose
-    first token is only the second likeliest. The mean over its tokens, </s> counted, decides
-    between targets that have ended: with the sum, short ones would win too often. A source is done
-    when none of its beginnings has a better mean by now than the worst of `beams` that have ended
-    (a rule of thumb: a mean may still rise).
+    that do not end are kept: the likeliest token each time may miss a target that begins with the
+    second likeliest. The mean over its tokens, </s> counted, decides between targets that have
+    ended: with the sum, short ones would win too often. A source is done when none of its
+    beginnings has a better mean than the worst of `beams` that have ended (a rule of thumb).
     """
-    model.eval()
     B, pad_id, eos_id = len(src), model.config.pad_id, model.config.eos_id
     writer = Writer(model, src, src_mask, max_new_tokens, beams)
     tokens = src.new_full((B, beams, max_new_tokens), pad_id)  # the beginnings
@@ -916,7 +586,13 @@ def beam_search(model, src, max_new_tokens, beams, src_mask=None):
     return ended[:, 0, :n]
 
 
-T5.generate = generate  # a method, written here beside `sample`
+Model = T5
+
+# 5. Pretraining: say what was cut out -------------------------------------------------------------
+
+SENTINELS = [f"<extra_id_{i}>" for i in range(100)]
+SPECIAL_TOKENS = ["<pad>", "</s>", *SENTINELS]
+SEPARATOR = "</s>"  # before the first document, between documents and after the last
 
 
 @dataclass
@@ -932,30 +608,25 @@ class GenerateConfig:
     num_samples: int = 1  # how many texts
 
     def __post_init__(self):
-        at_least(self, 1, "max_new_tokens", "num_samples", "beams")
-        at_least(self, 0, "temperature", "top_k")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p {self.top_p} is not between 0 and 1")
+        check(self, max_new_tokens=1, temperature=0, top_k=0, top_p=(0.001, 1), beams=1,
+              num_samples=1)
         if self.temperature and self.beams > 1:
             raise ValueError("beams look for the likeliest text: set either beams or temperature")
         if self.num_samples > 1 and not self.temperature:
             raise ValueError("without a --temperature all samples are the same: set one")
 
 
-def encode_prompt(prompt: str, tokenizer) -> list[int]:
-    """The prompt and </s> as ids. Tokens begin with the space before a word, so a space in front of
-    a sentinel belongs to what is missing. Raises ValueError for gaps with other numbers."""
-    parts = re.split(r" ?(<extra_id_\d+>)", prompt)
-    names = parts[1::2]
-    if sorted(names) != sorted(SENTINELS[: len(names)]):
-        raise ValueError(
-            "a prompt's gaps have to be numbered from 0 on, each number once: "
-            '"The <extra_id_0> sat on the <extra_id_1>."'
-        )
-    ids = []
-    for part in parts:
-        ids += [tokenizer.special[part]] if part in names else tokenizer.encode(part)
-    return [*ids, tokenizer.special["</s>"]]
+def write(model: Model, ids: list[int], options: GenerateConfig) -> list[list[int]]:
+    """The targets, num_samples of them, that the model writes for a source."""
+    src = torch.tensor([ids] * options.num_samples, device=model.head.weight.device)
+    return model.generate(src, options.max_new_tokens, options.temperature, options.top_k or None,
+                          options.top_p, options.beams).tolist()
+
+
+def plain_text(target: list[int], tokenizer, config: Config) -> str:
+    """The text of a target, without </s> and <pad>."""
+    ends = config.pad_id, config.eos_id
+    return tokenizer.decode([token for token in target if token not in ends]).strip()
 
 
 def gap_contents(target: list[int], sentinels, eos_id: int) -> dict[int, list[int]]:
@@ -971,184 +642,193 @@ def gap_contents(target: list[int], sentinels, eos_id: int) -> dict[int, list[in
     return contents
 
 
-def plain_text(target: list[int], tokenizer, config: Config) -> str:
-    """The text of a target, without </s> and <pad>."""
-    ends = config.pad_id, config.eos_id
-    return tokenizer.decode([token for token in target if token not in ends]).strip()
+@dataclass
+class Pretraining:
+    """What to learn from: windows of a text out of which spans are cut. Section 9 knows it by these
+    methods alone, so another class that has them is all it takes to learn from something else."""
+
+    block_size: int = 128  # tokens of a text before anything is cut out
+    noise_density: float = 0.15  # share of the tokens that is cut out
+    corruption: Literal["spans", "bernoulli"] = "spans"  # bernoulli: each token independently
+    mean_span: float = 3.0  # tokens in a span, on average (bernoulli: no effect, neighbours merge)
+
+    def __post_init__(self):
+        check(self, block_size=2, noise_density=(0.001, 0.999), mean_span=1)
+        spans = self.counts(self.block_size)[1]
+        if spans > len(SENTINELS):
+            raise ValueError(f"{self.block_size} tokens have {spans} spans, and there are "
+                             f"{len(SENTINELS)} sentinels: take a smaller --block_size or a larger "
+                             "--mean_span")
+
+    def open(self, run, config: Config, tokenizer, corpus=None) -> Config:
+        """Remember what prompts depend on; to train or evaluate, take a text, see data.Corpus
+        -> the architecture for it. Raises ValueError where it does not fill a window."""
+        self.run, self.config, self.tokenizer = run, config, tokenizer
+        self.sentinels = [tokenizer.special[name] for name in SENTINELS]
+        if corpus is None:
+            return config
+        self.corpus, self.description, self.before, self.length = corpus, str(corpus), {}, {}
+        for part in "train", "validation":
+            edges = corpus.edges(part)
+            self.before[part] = edges - np.arange(len(edges))  # tokens of text before each </s>
+            self.length[part] = len(getattr(corpus, part)) - len(edges)
+            if self.length[part] < self.block_size:
+                raise ValueError(f"the text is too short: {corpus} do not fill windows of "
+                                 f"{self.block_size}; give more text or a smaller --block_size")
+        # Windows of an epoch: one less than fit, so that there is room for a random offset.
+        self.rows = max(self.length["train"] // self.block_size - 1, 1)
+        return config
+
+    def counts(self, length: int) -> tuple[int, int]:
+        """(tokens to cut out, spans) of a text of `length` tokens, by the rounding of the paper's
+        code. With independent tokens: the expected numbers."""
+        noise = min(max(round(length * self.noise_density), 1), length - 1)
+        if self.corruption == "bernoulli":
+            return noise, max(round(noise * (1 - self.noise_density)), 1)  # those that begin one
+        return noise, min(max(round(noise / self.mean_span), 1), noise, length - noise)
+
+    def draw_noise(self, length: int, draw):
+        """Which tokens of a text are cut out: (length,) bool.
+
+        "bernoulli" (Raffel, 3.1.4): each token by itself. "spans" (3.3.4, `random_spans_noise_mask`
+        in its code): a fixed number of tokens in a fixed number of spans, text and spans in turn,
+        with text first. So all rows have the same lengths, and nothing needs padding.
+        """
+        if self.corruption == "bernoulli":
+            noise = draw.random(length) < self.noise_density
+            starts = noise & ~np.concatenate(([False], noise[:-1]))
+            return noise & (starts.cumsum() <= len(SENTINELS))  # (the rest stays)
+        noise, spans = self.counts(length)
+
+        def parts(n: int):  # n as a sum of `spans` numbers of at least 1, all ways equally likely
+            cuts = np.sort(draw.permutation(n - 1)[: spans - 1]) + 1
+            return np.diff(cuts, prepend=0, append=n)
+
+        lengths = np.stack((parts(length - noise), parts(noise)), axis=1).flatten()
+        return np.repeat(np.arange(2 * spans) % 2 == 1, lengths)
+
+    def corrupt(self, tokens, noise) -> tuple:
+        """Cut the noise out of tokens, both (length,) -> src: the text with a sentinel for each
+        span; tgt: each sentinel and the tokens it stands for. Both end in </s>."""
+        end, marks, src, tgt = [self.config.eos_id], iter(self.sentinels), [], []
+        borders = np.flatnonzero(np.diff(noise)) + 1  # where text and spans change
+        for piece, first in zip(np.split(tokens, borders), (0, *borders)):
+            if noise[first]:
+                mark = [next(marks)]
+                src.append(mark)
+                tgt += [mark, piece]
+            else:
+                src.append(piece)
+        return np.concatenate((*src, end)), np.concatenate((*tgt, end))
+
+    def make(self, part: str, begins, draw) -> dict:
+        """A batch of the windows of a part that begin at these tokens of text: src (n, S), tgt
+        (n, T) int64, and where sources differ in length src_mask (n, S) bool. Separators are left
+        out, so a window may run on into the next document, as in the paper's code."""
+        from data import pad
+
+        place = begins[:, None] + np.arange(self.block_size)
+        place = place + np.searchsorted(self.before[part], place, side="right")
+        rows = [self.corrupt(window, self.draw_noise(len(window), draw))
+                for window in getattr(self.corpus, part)[place].astype(np.int64)]
+        return pad_sources([row[0] for row in rows], [row[1] for row in rows], pad)
+
+    def batch(self, step: int) -> dict:
+        """A step's batch (see `make`), which depends on (seed, step) alone. An epoch lays windows
+        end to end from a random offset and takes each once, in random order."""
+        from data import epoch_rows
+
+        row, shift = epoch_rows(self.rows, self.run, step)
+        room = self.length["train"] - self.rows * self.block_size + 1
+        begins = (shift * room).astype(np.int64) + row * self.block_size
+        return self.make("train", begins, np.random.default_rng((self.run.seed, step)))
+
+    def eval_batches(self, rows: int, most: int | None = None):
+        """Yield the validation part in windows that do not overlap, but for the last, which ends
+        where the text ends. The noise is always the same, whatever the seed and the number of rows.
+        most: of a large part, about so many tokens, evenly spread over it."""
+        from data import spread
+
+        T, length, draw = self.block_size, self.length["validation"], np.random.default_rng(0)
+        for chosen in spread(-(-length // T), rows, most and most // T):
+            batch = self.make("validation", np.minimum(chosen * T, length - T), draw)
+            mark = np.isin(batch["tgt"], [self.config.eos_id, -100, *self.sentinels])
+            yield batch | {"in_span": torch.from_numpy(~mark)}
+
+    def asked(self, batch: dict) -> torch.Tensor:
+        """How many answers a batch asks for: its mean loss is a mean over so many."""
+        return (batch["tgt"] != -100).sum().float()
+
+    def loss(self, model: Model, batch: dict):
+        """The mean loss, and in evaluation measures, each a pair of sums: span_accuracy counts the
+        tokens that were cut out, but no sentinels and no </s>."""
+        logits, loss = model(batch["src"], batch["tgt"], batch.get("src_mask"))
+        if "in_span" not in batch:
+            return loss, {}
+        right = (logits.argmax(dim=-1) == batch["tgt"]) & batch["in_span"]
+        return loss, dict(span_accuracy=(right.sum(), batch["in_span"].sum()))
+
+    def prompt_ids(self, prompt: str) -> list[int]:
+        """The prompt and </s>. Tokens begin with the space before a word, so a space in front of a
+        sentinel belongs to what is missing. Raises ValueError for gaps with other numbers."""
+        parts = re.split(r" ?(<extra_id_\d+>)", prompt)
+        names = parts[1::2]
+        if sorted(names) != sorted(SENTINELS[: len(names)]):
+            raise ValueError("a prompt's gaps have to be numbered from 0 on, each number once: "
+                             '"The <extra_id_0> sat on the <extra_id_1>."')
+        ids = []
+        for part in parts:
+            ids += [self.tokenizer.special[part]] if part in names else self.tokenizer.encode(part)
+        return [*ids, self.config.eos_id]
+
+    def answer(self, model: Model, options: GenerateConfig):
+        """Yield the prompt with its gaps filled; or, for one without gaps (models that were trained
+        to answer take it), the target as it stands."""
+        ids = self.prompt_ids(options.prompt or "The cat sat on the <extra_id_0>.")
+        texts, gaps = [], not set(self.sentinels).isdisjoint(ids)
+        for target in write(model, ids, options):
+            contents = gap_contents(target, self.sentinels, self.config.eos_id)
+            filled = sum((contents.get(token, [token]) for token in ids[:-1]), [])
+            texts.append(self.tokenizer.decode(filled) if gaps
+                         else plain_text(target, self.tokenizer, self.config))
+        yield "\n\n".join(texts)
+
+    def demonstrate(self, model: Model, length: int) -> str:
+        """A sample for the log: a text with what is written into its gaps in brackets, [right] or
+        [wrong/what it was]."""
+        tokens = self.corpus.validation[: 2 * self.block_size].astype(np.int64)
+        tokens = tokens[tokens != self.config.eos_id][: min(length, self.block_size)]
+        src, truth = self.corrupt(tokens, self.draw_noise(len(tokens), np.random.default_rng(0)))
+        options = GenerateConfig(max_new_tokens=2 * len(truth))
+        target = write(model, src.tolist(), options)[0]
+        guesses, truths = (gap_contents(x, self.sentinels, self.config.eos_id)
+                           for x in (target, truth.tolist()))
+        spell, text = self.tokenizer.decode_bytes, b""
+        for token in src[:-1].tolist():
+            if token not in truths:
+                text += spell([token])
+                continue
+            right, guess = spell(truths[token]), spell(guesses.get(token, []))
+            text += right[: len(right) - len(right.lstrip())]  # the space before the bracket
+            text += b"[" + (b"" if guess == right else guess.strip() + b"/") + right.strip() + b"]"
+        return text.decode("utf-8", "replace")
 
 
-def write_samples(model: Model, checkpoint: dict, options: GenerateConfig) -> None:
-    """What `generate` prints on standard output: the prompt with its gaps filled, or to a prompt
-    without gaps (for models that were trained to answer) the target as it stands; of a fine-tuned
-    model, the target for the prompt, or for each source that is typed."""
-    from data import build, prompts, say
-
-    tokenizer = checkpoint["tokenizer"]
-
-    def write(ids: list[int]) -> list[list[int]]:
-        src = torch.tensor([ids] * options.num_samples, device=next(model.parameters()).device)
-        return model.generate(
-            src, options.max_new_tokens, options.temperature, options.top_k or None, options.top_p,
-            options.beams,
-        ).tolist()
-
-    if checkpoint["task"]:
-        task = build(Task, checkpoint["task"])
-        for prompt in prompts(options.prompt):
-            ids, cropped = task.encode_source(prompt, tokenizer)
-            if cropped:
-                say(f"the prompt is long: its first {len(ids)} tokens are read")
-            print("\n\n".join(plain_text(x, tokenizer, model.config) for x in write(ids)))
-        return
-    ids = encode_prompt(options.prompt or "The cat sat on the <extra_id_0>.", tokenizer)
-    sentinels, texts = set(sentinel_ids(tokenizer).tolist()), []
-    if sentinels.isdisjoint(ids):
-        say("the prompt has no gap like <extra_id_0>: this is the model's answer to it")
-    for target in write(ids):
-        contents = gap_contents(target, sentinels, model.config.eos_id)
-        filled = sum((contents.get(token, [token]) for token in ids[:-1]), [])
-        texts.append(plain_text(target, tokenizer, model.config) if sentinels.isdisjoint(ids)
-                     else tokenizer.decode(filled))
-    print("\n\n".join(texts))
+def pad_sources(sources: list, targets: list, pad) -> dict:
+    """Rows of different lengths -> a batch: src (n, S), tgt (n, T), src_mask (n, S) if needed."""
+    batch = dict(src=pad(sources, 0), tgt=pad(targets, -100))
+    real = pad([[1] * len(source) for source in sources], 0) == 1
+    return batch if real.all() else batch | {"src_mask": real}
 
 
-def demonstrate(model: Model, corpus, length: int) -> str:
-    """A sample for the log: the beginning of the validation part with some spans cut out, and what
-    the model writes there in brackets: [right], or [wrong/what stood there]."""
-    tokenizer, config, sentinels = corpus.tokenizer, model.config, sentinel_ids(corpus.tokenizer)
-    objective = ObjectiveConfig()
-    length = min(length, objective.block_size, text_length(corpus, "validation"))
-    tokens = windows(corpus, "validation", np.array([0]), length)
-    noise = draw_noise(1, length, objective, np.random.default_rng(0))
-    batch = corrupt(tokens, noise, sentinels, config)
-    src, truth = batch["src"].to(next(model.parameters()).device), batch["tgt"][0].tolist()
-    target = model.generate(src, 2 * len(truth))[0].tolist()
-    guesses, truths = (gap_contents(x, sentinels, config.eos_id) for x in (target, truth))
-    text = b""
-    for token in src[0, :-1].tolist():
-        if token not in truths:
-            text += tokenizer.decode_bytes([token])
-            continue
-        right, guess = (
-            tokenizer.decode_bytes(contents.get(token, [])) for contents in (truths, guesses))
-        text += right[: len(right) - len(right.lstrip())]  # the space before the bracket
-        text += b"[" + (b"" if guess == right else guess.strip() + b"/") + right.strip() + b"]"
-    return text.decode("utf-8", "replace")
-
-
-def write_random(model: Model, rows: int, length: int):
-    """What `bench` times: targets of `length` tokens for `rows` sources of 116 random ones."""
-    device = next(model.parameters()).device
-    model.config.eos_id = -1  # none ends before
-    return model.generate(
-        torch.randint(model.config.vocab_size, (rows, 116), device=device), length)
-
-
-# --------------------------------------------------------------------------------------------------
-# 7. Published weights: T5's names for ours
-# --------------------------------------------------------------------------------------------------
-
-# Old files hold distance biases of the cross-attention, which uses none.
-PASSED_OVER = r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight"
-ROLES = dict(pad_token="<pad>", eos_token="</s>")  # of special tokens
-TEMPLATE = ["A", "</s>"]  # what stands around a text
-
-
-def published_name(name: str) -> str:
-    """The name of a tensor in a file of weights -> the one that `published_weights` has for it."""
-    return name
-
-
-def published_weights(model: Model) -> dict:
-    """Published name -> our weight, in the published shape; key and value are apart there."""
-    embedding = model.token_embedding.weight
-    named = {
-        "shared.weight": embedding, "encoder.embed_tokens.weight": embedding,
-        "decoder.embed_tokens.weight": embedding, "lm_head.weight": model.head.weight,
-    }
-
-    def attention_weights(name, layer):
-        key, value = layer.kv.weight.chunk(2)
-        parts = dict(q=layer.query.weight, k=key, v=value, o=layer.proj.weight)
-        return {f"{name}.{part}.weight": weight for part, weight in parts.items()}
-
-    for side, stack in ("encoder", model.encoder), ("decoder", model.decoder):
-        named[f"{side}.final_layer_norm.weight"] = stack.norm.weight
-        named[f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"] = (
-            stack.distance_embedding.weight)
-        for i, block in enumerate(stack.blocks):
-            at = f"{side}.block.{i}.layer"
-            named |= attention_weights(f"{at}.0.SelfAttention", block.attn)
-            named[f"{at}.0.layer_norm.weight"] = block.attn_norm.weight
-            if block.decoder:
-                named |= attention_weights(f"{at}.1.EncDecAttention", block.cross)
-                named[f"{at}.1.layer_norm.weight"] = block.cross_norm.weight
-            last, gated = f"{at}.{1 + block.decoder}", block.mlp.act == "gated-gelu"
-            up = dict(wi_0=block.mlp.gate, wi_1=block.mlp.up) if gated else dict(wi=block.mlp.up)
-            for name, layer in (up | dict(wo=block.mlp.down)).items():
-                named[f"{last}.DenseReluDense.{name}.weight"] = layer.weight
-            named[f"{last}.layer_norm.weight"] = block.mlp_norm.weight
-    return named
-
-
-def to_published(config: Config) -> dict:
-    """Our settings as `config.json` has them. (`transformers` takes from tie_word_embeddings
-    whether scores are scaled; the head is tied where the file of weights has no lm_head.)"""
-    return dict(
-        architectures=["T5ForConditionalGeneration"], model_type="t5",
-        vocab_size=config.vocab_size, d_model=config.n_embd, d_kv=config.key_width,
-        d_ff=config.ff_width, num_layers=config.n_layer, num_decoder_layers=config.decoder_layers,
-        num_heads=config.n_head, relative_attention_num_buckets=config.n_buckets,
-        relative_attention_max_distance=config.max_distance, dropout_rate=config.dropout,
-        feed_forward_proj=config.act, layer_norm_epsilon=1e-6, is_encoder_decoder=True,
-        tie_word_embeddings=config.tie and config.scale_head,
-        pad_token_id=config.pad_id, eos_token_id=config.eos_id,
-        decoder_start_token_id=config.pad_id,
-    )
-
-
-def from_published(found: dict, names: set[str]) -> Config:
-    """What `config.json` says, and the names of the weights -> our settings.
-
-    Whether the head is tied, the file tells: one with a head of its own is not, unless the settings
-    of an older version of `transformers` say that it is only a copy.
-    """
-    act = found.get("feed_forward_proj", "relu")
-    if act not in ("relu", "gated-gelu"):
-        raise ValueError(f"feed_forward_proj {act} instead of relu or gated-gelu")
-    said, newer = found.get("tie_word_embeddings", True), "scale_decoder_outputs" in found
-    return Config(
-        found["vocab_size"], found["num_layers"], found["num_heads"], found["d_model"],
-        n_ff=found["d_ff"], head_dim=found["d_kv"], dropout=found.get("dropout_rate", 0.1), act=act,
-        tie="lm_head.weight" not in names or (said and not newer),
-        scale_head=found["scale_decoder_outputs"] if newer else said,
-        n_buckets=found["relative_attention_num_buckets"],
-        max_distance=found.get("relative_attention_max_distance", 128),
-        n_decoder_layer=found.get("num_decoder_layers"),
-        pad_id=found.get("pad_token_id", 0), eos_id=found.get("eos_token_id", 1),
-    )
-
-
-# --------------------------------------------------------------------------------------------------
-# 8. Fine-tuning: turn a source into a target
-# --------------------------------------------------------------------------------------------------
-
-FINETUNING = {  # settings that go with a model's size: "published" for those 512 wide and more
-    "laptop": dict(
-        epochs=6.0, batch_size=16, optimizer="adamw", lr=0.002, matrix_lr=0.006, weight_decay=0.0,
-        eval_interval=0,
-    ),
-    "published": dict(
-        epochs=3.0, batch_size=8, optimizer="adamw", lr=1e-4, warmup_steps=50, weight_decay=0.01,
-        eval_interval=0, drop_prob=0.0,
-    ),
-}
+# 6. Fine-tuning: turn a source into a target ------------------------------------------------------
 
 
 @dataclass
-class Task:
+class Finetuning:
     """Turn a source into a target: text to text, whatever the task (Raffel, 2.4). A prefix such as
-    "summarize: " tells a model that knows several tasks which one is meant."""
+    "summarize: " tells a model that knows several tasks which one is meant. (Methods without a text
+    are those of Pretraining.)"""
 
     task_prefix: str = ""  # what stands before each source
     source_length: int = 512  # tokens of a source that are kept, </s> included
@@ -1159,202 +839,202 @@ class Task:
     columns, optional = ("source", "target"), ()
 
     def __post_init__(self):
-        if not (2 <= self.source_length <= 1 << 16 and 2 <= self.target_length <= 1 << 16
-                and 1 <= self.beams <= 1 << 10):
-            raise ValueError("source_length and target_length have to be between 2 and 65,536, "
-                             "beams between 1 and 1,024")
+        check(self, source_length=2, drop_prob=(0, 1), target_length=2, beams=1)
 
     @staticmethod
-    def demonstration(story: dict) -> dict:
-        """A story -> its title."""
+    def from_story(story: dict) -> dict:
+        """The demonstration: a story -> its title."""
         return dict(source=story["text"], target=story["title"])
 
-    def fit(self, config: Config, parts: dict) -> Config:
-        """The architecture for the task. (BERT gets a head with the labels.)"""
+    def open(self, run, config: Config, tokenizer, parts=None) -> Config:
+        """parts: the rows (dicts of columns) to learn from, and those held out -> the architecture
+        for them. (BERT's gets a head for the labels.)"""
+        from data import Examples
+
+        self.run, self.config, self.tokenizer = run, config, tokenizer
+        if parts is None:
+            return config
+        self.train, self.held_out = (Examples(part, self.encode) for part in parts)
+        self.rows, self.description = len(self.train.rows), self.train.describe(self.held_out)
+        # What any model has to beat: always the word that most targets begin with.
+        word = Counter(row["target"].split()[0] for row in parts[0]).most_common(1)[0][0]
+        same = [self.scores([word], [row["target"]]) for row in parts[1]]
+        means = (f"{name} {sum(row[name][0] for row in same) / len(same):.3f}" for name in same[0])
+        self.description += f'; always "{word}" would get {", ".join(means)}'
         return config
 
-    def encode(self, row: dict, tokenizer, config: Config) -> dict:
+    def source_ids(self, source: str) -> list[int]:
+        """The prefix, the source, as far as it fits, and </s>."""
+        ids = self.tokenizer.encode(self.task_prefix + source)
+        return [*ids[: self.source_length - 1], self.config.eos_id]
+
+    def encode(self, row: dict) -> dict:
         """A row as src and tgt. What does not fit is cropped at its end."""
-        src, cropped = self.encode_source(row["source"], tokenizer)
-        tgt = tokenizer.encode(row["target"])
-        cropped |= len(tgt) >= self.target_length
-        tgt = [*tgt[: self.target_length - 1], config.eos_id]
-        return dict(src=src, tgt=tgt, length=len(src), cropped=cropped)
+        src, tgt = self.source_ids(row["source"]), self.tokenizer.encode(row["target"])
+        tgt = [*tgt[: self.target_length - 1], self.config.eos_id]
+        return dict(src=src, tgt=tgt, length=len(src), target=row["target"])
 
-    def encode_source(self, source: str, tokenizer) -> tuple[list[int], bool]:
-        """-> (the prefix, the source and </s> as tokens, whether it was cropped)"""
-        src = tokenizer.encode(self.task_prefix + source)
-        kept = [*src[: self.source_length - 1], tokenizer.special["</s>"]]
-        return kept, len(kept) <= len(src)
-
-    def collate(self, examples: list[dict], tokenizer, generator=None) -> dict:
-        """-> a batch: src (B, S), tgt (B, T) int64, and src_mask (B, S) bool if sources differ in
-        length."""
+    def collate(self, examples: list[dict], draw=None) -> dict:
+        """-> a batch, see `pad_sources`. For training, with a generator, drop_prob of each source's
+        tokens are left out, but not </s>: no source comes twice, so none is learned by heart."""
         from data import pad
 
-        sources, targets = ([example[name] for example in examples] for name in ("src", "tgt"))
-        if generator and self.drop_prob:
-            sources = [self.thin_out(source, generator) for source in sources]
-        batch = dict(src=pad(sources, 0), tgt=pad(targets, -100))
-        real = pad([[1] * len(source) for source in sources], 0) == 1
-        batch |= {} if real.all() else {"src_mask": real}
-        return {name: torch.from_numpy(array) for name, array in batch.items()}
+        sources = [np.array(example["src"]) for example in examples]
+        if draw and self.drop_prob:
+            sources = [source[np.append(draw.random(len(source) - 1) >= self.drop_prob, True)]
+                       for source in sources]
+        return pad_sources(sources, [example["tgt"] for example in examples], pad)
 
-    def thin_out(self, source: list[int], generator) -> list[int]:
-        """Leave tokens out, but not </s>: no source comes twice, so none is learned by heart."""
-        kept = generator.random(len(source)) >= self.drop_prob
-        kept[-1] = True
-        return np.array(source)[kept].tolist()
+    def batch(self, step: int) -> dict:
+        draw = np.random.default_rng((self.run.seed, step))
+        return self.collate(self.train.batch(self.run, step), draw)
 
-    def write(self, model: Model, tokenizer, batch: dict, **options) -> list[str]:
-        """The targets that the model writes for the sources of a batch."""
-        device = next(model.parameters()).device
-        mask = batch["src_mask"].to(device) if "src_mask" in batch else None
-        targets = model.generate(
-            batch["src"].to(device), self.target_length, src_mask=mask, **options)
-        return [plain_text(target, tokenizer, model.config) for target in targets.tolist()]
+    def eval_batches(self, rows: int, most: int | None = None):
+        return map(self.collate, self.held_out.in_order(rows))  # (all, however many)
 
-    def score(self, model: Model, examples, groups) -> tuple[dict, str]:
-        """exact_match, token_f1 and rouge_l of what the model writes, means over all examples; a
-        table of these beside two answers that need no understanding."""
-        from data import mean_scores, simple_answers
+    def asked(self, batch: dict) -> torch.Tensor:
+        return (batch["tgt"] != -100).sum().float()
 
-        written, truth = [], []
-        for group in groups:
-            written += self.write(
-                model, examples.tokenizer, examples.batch(group), beams=self.beams)
-            truth += [examples.rows[i]["target"] for i in group]
-        found = mean_scores(written, truth)
-        order = np.concatenate(groups)
-        sources = [examples.rows[i]["source"] for i in order]
-        lines = [f"{'':<34}{'exact match':>12}{'token F1':>10}{'ROUGE-L':>10}"]
-        simple = simple_answers(sources, examples.learned)
-        for name, answers in {"the model": written, **simple}.items():
-            exact, f1, rouge = mean_scores(answers, truth).values()
-            lines.append(f"{name:<34}{exact:>12.1%}{f1:>10.3f}{rouge:>10.3f}")
-        return found, "\n".join(lines)
+    def loss(self, model: Model, batch: dict):
+        """The mean loss, and in evaluation how far what the model writes is the target: exact
+        matches, and means over examples of token_f1 and rouge_l."""
+        loss = model(batch["src"], batch["tgt"], batch.get("src_mask"))[1]
+        if model.training:
+            return loss, {}
+        targets = model.generate(batch["src"], self.target_length, beams=self.beams,
+                                 src_mask=batch.get("src_mask"))
+        written, truth = ([plain_text(row, self.tokenizer, self.config) for row in rows.tolist()]
+                          for rows in (targets, batch["tgt"].clamp(min=self.config.pad_id)))
+        return loss, self.scores(written, truth)
 
-    def prepare(self, model: Model, n: int) -> list[nn.Module]:
-        """What --freeze n keeps as it is: the embeddings and the lowest n blocks of both stacks."""
-        stacks = model.encoder, model.decoder
-        depth = max(len(stack.blocks) for stack in stacks)
-        if n > depth:
-            raise ValueError(f"--freeze {n}: the model has {depth} layers")
-        blocks = [block for stack in stacks for block in stack.blocks[:n]]
-        embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-        return [*embeddings, *blocks] if n else []
+    @staticmethod
+    def scores(written: list[str], truth: list[str]) -> dict:
+        """name -> (the sum over all, how many there are)."""
+        from data import rouge_l, token_f1
 
-    def demonstrate(self, model: Model, examples, length: int) -> str:
+        measures = dict(exact_match=str.__eq__, token_f1=token_f1, rouge_l=rouge_l)
+        return {name: (float(sum(map(measure, written, truth))), len(truth))
+                for name, measure in measures.items()}
+
+    def answer(self, model: Model, options: GenerateConfig):
+        """Yield the target for a source."""
+        targets = write(model, self.source_ids(options.prompt), options)
+        yield "\n\n".join(plain_text(x, self.tokenizer, self.config) for x in targets)
+
+    def demonstrate(self, model: Model, length: int) -> str:
         """Some held-out sources, what the model writes, and what was asked."""
         lines = []
-        for i, row in enumerate(examples.rows[:3]):
-            written = self.write(model, examples.tokenizer, examples.batch([i]))[0]
-            text = " ".join(row["source"].split())
-            text = text if len(text) < length else text[:length].rpartition(" ")[0] + " ..."
+        for row in self.held_out.rows[:3]:
+            options = GenerateConfig(prompt=row["source"], max_new_tokens=self.target_length)
+            written = "".join(self.answer(model, options))
+            text = textwrap.shorten(row["source"], length, placeholder=" ...")
             lines.append(f"{text}\n    -> {written:.200}   (it is: {row['target']:.200})")
         return "\n".join(lines)
 
 
-OWN_COMMANDS = {}  # that the other two do not have
+# 7. Published weights: T5's names for ours --------------------------------------------------------
 
-# --------------------------------------------------------------------------------------------------
-# 9. Training: from here on the three model files are the same, letter by letter
-# --------------------------------------------------------------------------------------------------
-# To change something: the optimizer is `Muon`, made in Trainer.__init__; the learning rate's course
-# is `schedule`; a batch comes from `train_batch` (5); a metric is a line in `loss_sum` (5); the log
-# is written by Trainer.report and evaluate_and_save. To train on something else, replace methods of
-# Trainer, as FineTuner does. data.py is imported where it is used: the models can do without it.
-
-
-@dataclass
-class RunConfig:
-    """Which weights, on which machine."""
-
-    out_dir: str = f"out/{NAME}"  # folder of a run: checkpoints, log and chart
-    init_from: str = ""  # a checkpoint, a folder, a published model (default: what out_dir holds)
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: the best there is
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: the fastest there is
-    seed: int = 0  # of all random draws: the same seed, the same result
+FIXED = dict(model_type="t5", layer_norm_epsilon=1e-6, is_encoder_decoder=True)  # of `config.json`
+# Old files hold distance biases of the cross-attention, which uses none.
+NO_WEIGHTS = r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight"
+ROLES = dict(pad_token="<pad>", eos_token="</s>")  # of special tokens
+HEAD = "$^"  # what may be missing: nothing
+NEVER, TEMPLATE = (), ["A", "</s>"]  # special tokens that no text is to get; around a text A
 
 
-@dataclass
-class TrainConfig(RunConfig):
-    """What to learn from, for how long, and how fast."""
-
-    init_from: str = "scratch"  # scratch, resume, a checkpoint, a folder, a published model
-    data: str = "input.txt"  # a file, folder or URL, or shakespeare, tinystories, imdb
-    max_steps: int = RECIPES["laptop"]["max_steps"]  # optimizer steps
-    epochs: float = 0.0  # passes over the training part; if given, max_steps follows from it
-    batch_size: int = RECIPES["laptop"]["batch_size"]  # sequences that are computed at once
-    grad_accum: int = 1  # such batches per step; their gradients are added
-    optimizer: Literal["muon", "adamw"] = "muon"  # muon: for matrices, with AdamW for all else
-    lr: float = RECIPES["laptop"]["lr"]  # AdamW's highest learning rate
-    matrix_lr: float = RECIPES["laptop"]["matrix_lr"]  # Muon's highest learning rate
-    weight_decay: float = 0.0  # matrices shrink by this times the learning rate at each step
-    warmup_steps: int = 20  # steps in which the learning rate rises
-    schedule: Literal["linear", "cosine"] = "linear"  # how it falls to zero afterwards
-    grad_clip: float = 1.0  # largest norm of the gradient; longer ones are scaled down (0: never)
-    log_interval: int = 10  # steps between two lines of the log
-    eval_interval: int = 100  # steps between two evaluations, each with a checkpoint (0: epoch)
-    snapshot_interval: int = 0  # steps between two checkpoints that are kept for good (0: none)
-    compile: bool = False  # torch.compile: pays on a GPU, in long runs
-
-    def __post_init__(self):
-        check_choices(self)
-        at_least(self, 1, "max_steps", "batch_size", "grad_accum", "log_interval")
-        at_least(self, 0, "seed", "epochs", "lr", "matrix_lr", "weight_decay", "warmup_steps",
-                 "grad_clip", "eval_interval", "snapshot_interval")
-
-    @property
-    def rows(self) -> int:
-        """How many sequences a step learns from."""
-        return self.batch_size * self.grad_accum
+NAMES = [  # what our names have (a regular expression) -> what T5's have there
+    ("^token_embedding", "shared"), ("^head", "lm_head"), (r"r\.norm", "r.final_layer_norm"),
+    ("distance_embedding", "block.0.layer.0.SelfAttention.relative_attention_bias"),
+    (r"blocks\.(\d+)", r"block.\1.layer"), ("attn_norm", "0.layer_norm"),
+    ("attn", "0.SelfAttention"), ("cross_norm", "1.layer_norm"), ("cross", "1.EncDecAttention"),
+    ("query", "q"), ("proj", "o"), ("^(encoder.*)mlp", r"\g<1>1.mlp"), ("layer.mlp", "layer.2.mlp"),
+    ("mlp_norm", "layer_norm"), ("mlp.gate", "DenseReluDense.wi_0"),
+    ("mlp.up", "DenseReluDense.wi"), ("mlp.down", "DenseReluDense.wo"),
+]
 
 
-@dataclass
-class FinetuneConfig(TrainConfig):
-    """Which model learns from which examples, and how much of it may change."""
-
-    out_dir: str = f"out/{NAME}-finetuned"  # folder of this run
-    init_from: str = f"out/{NAME}"  # a run, a checkpoint, a folder, a published model, or resume
-    data: str = ""  # a .csv or .jsonl file, or a folder of two (default: out of input.txt)
-    epochs: float = FINETUNING["laptop"]["epochs"]  # passes, unless max_steps is given
-    batch_size: int = FINETUNING["laptop"]["batch_size"]  # examples that are computed at once
-    optimizer: Literal["muon", "adamw"] = FINETUNING["laptop"]["optimizer"]  # as in training
-    lr: float = FINETUNING["laptop"]["lr"]  # AdamW's highest learning rate
-    matrix_lr: float = FINETUNING["laptop"]["matrix_lr"]  # Muon's highest learning rate
-    weight_decay: float = FINETUNING["laptop"]["weight_decay"]  # as in training
-    warmup_steps: int = 20  # steps in which the learning rate rises (at most a fifth of all)
-    log_interval: int = 20  # steps between two lines of the log
-    eval_interval: int = FINETUNING["laptop"]["eval_interval"]  # as in training (0: an epoch)
-    freeze: int = 0  # so many of the lowest layers, and the embeddings, stay as they are
-    patience: int = 3  # stop after so many evaluations without a lower held-out loss (0: never)
-    dropout: float | None = None  # share of activations zeroed in training (default: the model's)
-    scratch: bool = False  # forget the weights: what is learned without pretraining?
-
-    def __post_init__(self):
-        super().__post_init__()
-        at_least(self, 0, "freeze", "patience")
+def as_published(model: Model, name: str, weight) -> dict:
+    """A weight by its published name; key and value are apart there."""
+    if "kv" in name:
+        return {name.replace("kv", part): view for part, view in zip("kv", weight.chunk(2))}
+    gated = model.config.act == "gated-gelu"
+    return {name.replace("wi.", "wi_1.") if gated else name: weight}
 
 
-def orthogonalize(matrices, steps: int = 5):
+def published_name(name: str) -> str:
+    """The name of a tensor in a file of weights, old ones included -> its published name."""
+    return re.sub(r"^(en|de)coder\.embed_tokens", "shared", name)
+
+
+def to_published(config: Config) -> dict:
+    """Our settings as `config.json` has them. (`transformers` takes from tie_word_embeddings
+    whether scores are scaled; the head is tied where the file of weights has no lm_head.)"""
+    return dict(
+        architectures=["T5ForConditionalGeneration"], vocab_size=config.vocab_size,
+        d_model=config.n_embd, d_kv=config.head_dim or config.n_embd // config.n_head,
+        d_ff=config.n_ff or 4 * config.n_embd, num_layers=config.n_layer,
+        num_decoder_layers=config.n_decoder_layer or config.n_layer, num_heads=config.n_head,
+        relative_attention_num_buckets=config.n_buckets,
+        relative_attention_max_distance=config.max_distance, dropout_rate=config.dropout,
+        feed_forward_proj=config.act, tie_word_embeddings=config.tie and config.scale_head,
+        pad_token_id=config.pad_id, eos_token_id=config.eos_id,
+        decoder_start_token_id=config.pad_id,
+    )
+
+
+def from_published(found: dict, names) -> Config:
+    """What `config.json` says, and the names of the weights -> our settings.
+
+    Whether the head is tied, the file tells: one with a head of its own is not, unless the settings
+    of an older version of `transformers` say that it is only a copy.
+    """
+    said, newer = found.get("tie_word_embeddings", True), "scale_decoder_outputs" in found
+    pad_id = found.get("pad_token_id", 0)
+    if found.get("decoder_start_token_id", pad_id) != pad_id:
+        raise ValueError("decoder_start_token_id is not pad_token_id")
+    return Config(
+        found["vocab_size"], found["num_layers"], found["num_heads"], found["d_model"],
+        n_ff=found["d_ff"], head_dim=found["d_kv"], dropout=found.get("dropout_rate", 0.1),
+        act=found.get("feed_forward_proj", "relu"),
+        tie="lm_head.weight" not in names or (said and not newer),
+        scale_head=found["scale_decoder_outputs"] if newer else said,
+        n_buckets=found["relative_attention_num_buckets"],
+        max_distance=found.get("relative_attention_max_distance", 128),
+        n_decoder_layer=found.get("num_decoder_layers"), pad_id=pad_id,
+        eos_id=found.get("eos_token_id", 1),
+    )
+
+# 9. Training: from here on the three model files are the same, letter by letter -------------------
+# `train` is the whole story: set the rates, draw the batch, update, report, evaluate, save.
+#   run   its settings, a data.Run: max_steps, batch_size, grad_accum, lr, matrix_lr, warmup_steps,
+#         schedule, grad_clip, log_interval, eval_interval, patience, ... (flags, each with a help)
+#   task  what to learn from: Pretraining (5), Finetuning (6), or a class of yours, with
+#         batch(step), eval_batches(rows, most): dicts of tensors with a row for each sequence;
+#         asked(batch): how many answers a mean loss is a mean of; loss(model, batch): that loss,
+#         and to evaluate, measures, name -> (sum, how many); demonstrate(model, length): a sample;
+#         description: a text for the log; rows: how many an epoch has
+# Another optimizer than Muon takes (model, run, dtype), and gives its groups a `highest_lr`.
+
+
+def orthogonalize(matrices, dtype=torch.float32, steps: int = 5):
     """Newton-Schulz iteration: the nearest matrices whose singular values are all about 1.
 
-    matrices (n, rows, cols), in the dtype that multiplies fastest. X <- aX + b(XX^T)X + c(XX^T)^2 X
-    moves each singular value s to as + bs^3 + cs^5, and these a, b, c bring all from 0.003 to 1 to
-    0.7 to 1.2 in five rounds (Jordan 2024, https://kellerjordan.github.io/posts/muon).
+    matrices (n, rows, cols); dtype: the one that multiplies fastest. X <- aX + b(XX^T)X +
+    c(XX^T)^2 X moves each singular value s to as + bs^3 + cs^5; these a, b, c bring all from 0.003
+    to 1 to 0.7 to 1.2 in five rounds (Jordan 2024, https://kellerjordan.github.io/posts/muon).
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     wide = matrices.size(-2) <= matrices.size(-1)
     X = matrices if wide else matrices.mT
-    X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # now no singular value is above 1
+    X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-12)  # now no singular value is above 1
+    X = X.to(dtype)  # (only now: small gradients are 0 in float16)
     for _ in range(steps):
         A = X @ X.mT
         X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)  # aX + (bA + cAA)X
     return X if wide else X.mT
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(torch.optim.AdamW):
     """Muon for inner matrices, AdamW for all else: one optimizer, so that an overflow in float16
     skips both.
 
@@ -1363,79 +1043,45 @@ class Muon(torch.optim.Optimizer):
     learned as fast as common ones. Matrices of equal shape are stacked, for one product.
     """
 
-    def __init__(self, model: nn.Module, run: TrainConfig, dtype: torch.dtype):
-        self.dtype = dtype  # of the Newton-Schulz products
-        self.learning = [p for p in model.parameters() if p.requires_grad]  # the others: frozen
-        kinds = {}  # (kind, matrix shape, does it decay?, factor of the rate) -> parameters
+    def __init__(self, model: nn.Module, run, dtype=torch.float32):
+        """dtype: of the products in `orthogonalize`."""
+        self.dtype, groups = dtype, {}  # (Muon's matrix shape, rate, decay) -> a group
         for name, p in model.named_parameters():
-            if not p.requires_grad:
-                continue
             inner = p.ndim == 2 and not ("embedding" in name or "head" in name)
-            if run.optimizer == "muon" and inner:
-                kind, shape = "muon", (len(p) // getattr(p, "maps", 1), p.size(1))
-            else:
-                kind, shape = "adamw", None
-            decays = p.ndim >= 2  # biases and norms do not
-            key = kind, shape, decays, getattr(p, "lr_factor", 1.0)
-            kinds.setdefault(key, []).append(p)
-        groups = []
-        for (kind, shape, decays, lr_factor), params in kinds.items():
-            highest = lr_factor * (run.matrix_lr if kind == "muon" else run.lr)
-            groups.append(dict(
-                params=params, kind=kind, shape=shape, lr=highest, highest_lr=highest,
-                weight_decay=run.weight_decay if decays else 0.0,
-            ))
-        super().__init__(groups, {})
-
-    def gradients(self) -> list[torch.Tensor]:
-        """Those of all weights that learn; zeros where no loss reached one."""
-        for p in self.learning:
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        return [p.grad for p in self.learning]
+            muon = inner and run.optimizer == "muon"
+            shape = (len(p) // getattr(p, "maps", 1), p.size(1)) if muon else None
+            lr = (run.matrix_lr if muon else run.lr) * getattr(p, "lr_factor", 1.0)
+            decay = run.weight_decay if p.ndim >= 2 else 0.0  # biases and norms do not
+            if p.requires_grad:
+                group = dict(params=[], shape=shape, lr=lr, highest_lr=lr, weight_decay=decay)
+                groups.setdefault((shape, lr, decay), group)["params"].append(p)
+        super().__init__(list(groups.values()), betas=(0.9, 0.95), fused=True)
+        self._step_supports_amp_scaling = False  # GradScaler is to skip `step` as a whole
 
     @torch.no_grad()
-    def step(self, closure=None):
-        """Change all weights by their gradients."""
-        self.gradients()
+    def step(self, closure=None, momentum: float = 0.95):
+        """p -= lr * longer * orthogonalize(0.95 m + 0.05 g), m a running mean of the gradients g,
+        for a stack of matrices of equal shape; then AdamW's step for all other parameters."""
         for group in self.param_groups:
-            (self.step_muon if group["kind"] == "muon" else self.step_adamw)(group)
-
-    def step_muon(self, group, momentum: float = 0.95):
-        """m <- 0.95 m + 0.05 g; p -= lr_of_shape * orthogonalize(0.95 m + 0.05 g), for a stack of
-        matrices (Jordan 2024)."""
-        params, lr, (rows, cols) = group["params"], group["lr"], group["shape"]
-        gradient = torch.cat([p.grad.view(-1, rows, cols) for p in params])  # (n, rows, cols)
-        state = self.state[params[0]]  # of the whole stack
-        if not state:
-            state["momentum"] = torch.zeros_like(gradient)
-        average = state["momentum"].lerp_(gradient, 1 - momentum)
-        ahead = gradient.lerp(average, momentum)
-        directions = orthogonalize(ahead.to(self.dtype)).to(gradient.dtype)  # (n, rows, cols)
-        lr_of_shape = lr * max(1, rows / cols) ** 0.5  # tall ones take longer steps (Jordan 2024)
-        for p, direction in zip(params, directions.split([len(p) // rows for p in params])):
-            p.mul_(1 - lr * group["weight_decay"]).sub_(
-                direction.reshape(p.shape), alpha=lr_of_shape
-            )
-
-    def step_adamw(self, group, betas=(0.9, 0.95), eps: float = 1e-8):
-        """p -= lr * (mean of g) / (root of mean g^2), means of recent steps (Kingma & Ba 2015), and
-        lr * weight_decay * p (Loshchilov & Hutter 2019)."""
-        params, states = group["params"], [self.state[p] for p in group["params"]]
-        for p, state in zip(params, states):
-            if not state:
-                state.update(
-                    count=torch.zeros((), device=p.device),
-                    mean=torch.zeros_like(p), square=torch.zeros_like(p),
-                )
-        adamw(  # fused: all in one kernel; the empty list is for AMSGrad's maxima
-            params, [p.grad for p in params], [state["mean"] for state in states],
-            [state["square"] for state in states], [], [state["count"] for state in states],
-            fused=True, amsgrad=False, maximize=False, beta1=betas[0], beta2=betas[1],
-            lr=group["lr"], weight_decay=group["weight_decay"], eps=eps,
-        )
+            if not group["shape"]:
+                continue
+            params, lr, (rows, cols) = group["params"], group["lr"], group["shape"]
+            gradient = torch.cat([p.grad.view(-1, rows, cols) for p in params])  # (n, rows, cols)
+            state = self.state[params[0]]  # of the whole stack
+            if not state:  # (AdamW asks for a "step" when it loads a state)
+                state.update(step=torch.zeros(()), mean=torch.zeros_like(gradient))
+            mean = state["mean"].lerp_(gradient, 1 - momentum)  # m <- 0.95 m + 0.05 g
+            ahead = gradient.lerp(mean, momentum)  # 0.95 m + 0.05 g
+            directions = orthogonalize(ahead, self.dtype).to(gradient.dtype)  # (n, rows, cols)
+            longer = max(1, rows / cols) ** 0.5  # steps for tall ones (Jordan 2024)
+            for p, direction in zip(params, directions.split([len(p) // rows for p in params])):
+                p.mul_(1 - lr * group["weight_decay"])
+                p.sub_(direction.reshape(p.shape), alpha=lr * longer)
+                p.grad = None  # AdamW passes over what has no gradient
+        super().step()
 
 
-def schedule(step: int, run: TrainConfig) -> float:
+def schedule(step: int, run) -> float:
     """The share of the highest learning rate at a step (from 0): up in a line, down to zero."""
     if step < run.warmup_steps:
         return (step + 1) / (run.warmup_steps + 1)
@@ -1443,397 +1089,143 @@ def schedule(step: int, run: TrainConfig) -> float:
     return left if run.schedule == "linear" else 0.5 - 0.5 * math.cos(math.pi * left)
 
 
-def update(model, batch: dict, optimizer, scaler, autocast, run: TrainConfig) -> torch.Tensor:
+def update(model, task, batch: dict, optimizer, scaler, autocast, run) -> torch.Tensor:
     """One optimizer step, in run.grad_accum parts, by all ranks (processes) -> the mean loss.
 
-    autocast: matrix products in a narrower dtype. scaler: multiplies the loss in float16, where
-    small gradients would be 0 otherwise, and divides them again.
+    A batch says beforehand how many answers it asks for, so each part's mean loss is weighted by
+    its share of them before the backward pass; then gradients need only be added up. autocast:
+    products in a narrower dtype. scaler: multiplies the loss in float16, where small gradients
+    would be 0, and divides the gradients again.
     """
     from data import add_up, ranks
 
     model.train()
-    rows, (rank, count) = len(next(iter(batch.values()))), ranks()
-    mine = range(rows * rank // count, rows * (rank + 1) // count)  # each rank has its share
-    size, device = math.ceil(rows / run.grad_accum), next(model.parameters()).device
-    total = torch.zeros(2, device=device)  # loss, weight
-    for i in mine[::size]:
-        taken = slice(i, min(i + size, mine.stop))
-        part = {name: tensor[taken].to(device) for name, tensor in batch.items()}
-        with autocast:
-            loss, weight, _ = loss_sum(model, part)
-        scaler.scale(loss / rows).backward()  # (/ rows: within the range of float16)
-        total += torch.stack([loss.detach(), torch.as_tensor(weight, device=device)])
-    gradients = optimizer.gradients()
-    add_up([*gradients, total])  # over all ranks
+    device, (rank, count), asked = next(model.parameters()).device, ranks(), task.asked(batch)
+    n = count * math.ceil(run.grad_accum / count)  # parts: of four, the first of two ranks has 0, 2
+    total = torch.zeros((), device=device)
+    for i in range(rank, n, count):
+        part = {name: tensor.tensor_split(n)[i] for name, tensor in batch.items()}
+        if len(next(iter(part.values()))):  # (there may be fewer rows than parts)
+            share = (task.asked(part) / asked).to(device, non_blocking=True)
+            part = {name: x.to(device, non_blocking=True) for name, x in part.items()}
+            with autocast:
+                loss = (task.loss(model, part)[0] * share).sum()  # (BERT's loss has two means)
+            scaler.scale(loss).backward()
+            total += loss.detach()
+    params = [p for p in model.parameters() if p.requires_grad]
+    for p in params:  # no loss reaches those of a head that is not asked, nor a rank without rows
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+    add_up([total, *(p.grad for p in params)])
     scaler.unscale_(optimizer)
-    # Only now is the weight of all parts known: undo / rows, divide by it, then clip.
-    loss, weight = total
-    factor = rows / weight
     if run.grad_clip:
-        length = torch.nn.utils.get_total_norm(gradients) * factor
-        factor = factor * (run.grad_clip / (length + 1e-6)).clamp(max=1)
-    for gradient in gradients:
-        gradient.mul_(factor)
+        torch.nn.utils.clip_grad_norm_(params, run.grad_clip)
     scaler.step(optimizer)  # in float16: unless a gradient overflowed
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    return loss / weight
+    return total
 
 
 @torch.no_grad()
-def evaluate(model, batches, autocast) -> dict[str, float]:
-    """val_loss and the objective's metrics over all batches: each a quotient of two sums."""
-    from data import from_all, ranks
-
+def evaluate(model, task, rows: int, autocast, most: int | None = None) -> dict[str, float]:
+    """val_loss and the task's measures on what is held out, `rows` sequences at once; most: of a
+    large part, on about so many tokens. Each figure is a quotient of two sums."""
     model.eval()
-    device, sums = next(model.parameters()).device, {}  # name -> its two sums
-    for batch in itertools.islice(batches, ranks()[0], None, ranks()[1]):  # each rank has its share
+    device, sums = next(model.parameters()).device, {}
+    for batch in task.eval_batches(rows, most):
+        asked = task.asked(batch).to(device)
         with autocast:
-            loss, weight, metrics = loss_sum(
-                model, {name: tensor.to(device) for name, tensor in batch.items()}
-            )
-        for name, (over, under) in {"val_loss": (loss, weight), **metrics}.items():
-            sums[name] = sums.get(name, 0) + np.array([float(over), float(under)])
-    found = from_all(sums)
-    totals = {name: sum(part[name] for part in found if name in part) for name in found[0]}
-    return {name: float(over / under) for name, (over, under) in totals.items()}
+            loss, measures = task.loss(model, {name: x.to(device) for name, x in batch.items()})
+        for name, pair in ({"val_loss": (loss * asked, asked)} | measures).items():
+            pair = torch.stack([torch.as_tensor(x).double().cpu() for x in pair])
+            sums[name] = sums.get(name, 0) + pair
+    figures = {name: over / under for name, (over, under) in sums.items()}
+    # BERT's loss has parts, which add up; its macro F1, a value for each label: their mean.
+    return {name: float(figure.sum() if name == "val_loss" else figure.nanmean())
+            for name, figure in figures.items()}
 
 
-def evaluate_task(task: Task, model, examples, autocast, size: int) -> tuple[dict, str]:
-    """(val_loss and the task's own measures over all examples, `size` at once; a table of them)."""
-    from data import in_order_of_length
+def train(run, task, model: Model, state: dict | None = None) -> bool:
+    """Train to max_steps, or until `patience` ends; False if Ctrl-C came first.
 
-    groups = in_order_of_length(examples.lengths, size)
-    found = evaluate(model, map(examples.batch, groups), autocast)
-    with autocast:
-        measures, table = task.score(model, examples, groups)
-    return found | measures, table
+    Step n's batch and dropout are drawn from (seed, n), so a run that goes on from a checkpoint,
+    state, ends as if it had never been stopped. Of several ranks (processes that `torchrun` starts,
+    one per GPU) each draws the whole batch and computes its share."""
+    from data import Log, any_rank, asked_to_stop, machine, ranks, save
 
+    _, dtype, autocast, scaler = machine(run)
+    optimizer, log = Muon(model, run, dtype), Log(run, task, model, state)
+    step, best, worse = 0, math.inf, 0  # best: the lowest val_loss; worse: evaluations since
 
-class Trainer:
-    """A run: its corpus, model and optimizer, and how far it is.
+    def checkpoint(name: str) -> None:
+        save(run, name, task, model, step=step, best=best, worse=worse, pending=log.checked(),
+             optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
 
-    Step n's batch and dropout are drawn from (seed, n), so a resumed run goes on exactly as if it
-    had never been stopped, and a checkpoint has to hold no generator's state. With several ranks
-    (`torchrun --nproc_per_node=2 ...`) each draws the whole batch and computes its share of it, so
-    the same flags give the same losses; the first alone writes files.
-    """
-
-    unit = "loss per token"  # of the chart
-    task, stops_early, table = None, False, ""  # see FineTuner
-
-    def __init__(
-        self, run: TrainConfig, config: Config, objective: ObjectiveConfig,
-        checkpoint: dict | None = None,
-    ):
-        """checkpoint: what `data.load_checkpoint` read. With --init_from resume the run goes on
-        from its step; otherwise only its weights and tokenizer are taken."""
-        import data
-
-        self.out_dir = Path(run.out_dir)
-        self.device = data.choose_device(run.device)
-        data.meet(self.device)
-        self.dtype = data.from_all(data.choose_dtype(run.dtype, self.device))[0]
-        if self.device.type == "cpu":
-            data.keep_freed_memory()
-        self.config, self.objective = config, objective
-        epoch = self.open_data(run, checkpoint)
-        steps = max(math.ceil(run.epochs * epoch / run.rows), 1) if run.epochs else run.max_steps
-        self.run = run = replace(
-            run, max_steps=steps, epochs=0.0, dtype=str(self.dtype).removeprefix("torch."),
-            eval_interval=run.eval_interval or math.ceil(epoch / run.rows),
-            # Few examples make few steps; not all of them are to be warm-up.
-            warmup_steps=min(run.warmup_steps, steps // 5) if self.task else run.warmup_steps,
-        )
-
-        torch.manual_seed(run.seed)
-        self.model = Model(self.config).to(self.device)
-        if checkpoint:
-            self.take_weights(run, checkpoint)
-        self.optimizer = Muon(self.model, run, self.dtype)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        self.autocast = data.autocast_to(self.dtype, self.device)
-        self.step, self.best = 0, math.inf
-        self.pending = []  # loss and number of tokens of the steps since the last report
-        if run.init_from == "resume":
-            self.step, self.best = checkpoint["step"], checkpoint["best_loss"]
-            self.pending = data.resume(checkpoint, self.optimizer, self.scaler, self.device)
-        self.compiled = torch.compile(self.model) if run.compile else self.model
-
-    def open_data(self, run: TrainConfig, checkpoint: dict | None) -> int:
-        """Get what there is to learn from, and the tokenizer. Returns the rows of an epoch."""
-        import data
-
-        tokenizer = checkpoint["tokenizer"] if checkpoint else None
-        self.corpus = data.prepare(
-            run.data, self.config.vocab_size, SPECIAL_TOKENS, SEPARATOR, tokenizer
-        )
-        self.tokenizer = self.corpus.tokenizer
-        if not checkpoint:
-            self.config = replace(self.config, vocab_size=self.tokenizer.vocab_size)
-        return rows_per_epoch(self.corpus, self.config, self.objective)
-
-    def take_weights(self, run: TrainConfig, checkpoint: dict) -> None:
-        """Begin with the checkpoint's weights."""
-        self.model.load_state_dict(checkpoint["model"])
-
-    def train(self) -> bool:
-        """Train to max_steps; False if Ctrl-C came first. Either way ckpt.pt is up to date."""
-        from data import from_all, interrupts, one_process, ranks
-
-        run, lock = self.run, self.out_dir / f"rank{ranks()[0]}.lock"
-        with one_process(lock), interrupts() as pressed:
-            self.begin()
-            while self.step < run.max_steps and not self.stops_early:
-                try:
-                    if any(from_all(bool(pressed))):  # Ctrl-C, in whichever process
-                        break
-                    self.pending.append(self.train_step())
-                except ConnectionError:  # another rank is gone
-                    self.save("ckpt.pt")
-                    raise
-                self.step += 1
-                evaluating = self.step % run.eval_interval == 0 or self.step == run.max_steps
-                keeping = run.snapshot_interval and self.step % run.snapshot_interval == 0
-                if keeping or pressed:  # nothing is saved of a run that has diverged
-                    self.log.check(float(self.pending[-1][0]), self.step)
-                if evaluating or self.step % run.log_interval == 0:
-                    self.report()
-                if evaluating:
-                    self.evaluate_and_save()
-                if keeping:
-                    self.save(f"ckpt_{self.step:06d}.pt")
-            finished = self.step >= run.max_steps or self.stops_early
-            if not finished:
-                self.save("ckpt.pt")
-        return finished
-
-    def train_step(self) -> tuple[torch.Tensor, int]:
-        """One step on its batch; returns the loss per token and how many tokens it read."""
-        from data import ranks
-
-        run = self.run
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["highest_lr"] * schedule(self.step, run)
-        torch.manual_seed(hash((run.seed, self.step)) + ranks()[0])  # for dropout
-        batch = self.draw_batch()
-        return (
-            update(self.compiled, batch, self.optimizer, self.scaler, self.autocast, run),
-            count_tokens(batch),
-        )
-
-    def draw_batch(self) -> dict:
-        """The batch of this step."""
-        return train_batch(self.corpus, self.config, self.objective, self.run, self.step)
-
-    def evaluate(self) -> dict[str, float]:
-        """val_loss and what else is measured on what is held out."""
-        batches = eval_batches(self.corpus, self.config, self.objective, self.run.batch_size)
-        return evaluate(self.model, batches, self.autocast)
-
-    def evaluate_and_save(self) -> None:
-        """Evaluate, log, show a sample; keep the weights if the best so far; save the state."""
-        found = self.evaluate()
-        self.log.check(found["val_loss"], self.step)
-        self.log.write(step=self.step, **found)
-        self.log.say("  ".join(
-            [f"step {self.step}", *(f"{name} {value:.4f}" for name, value in found.items())]
-        ))
-        if self.step < self.run.max_steps:
-            self.log.say(*("    " + line for line in self.show(40).splitlines() if line))
-        if found["val_loss"] < self.best:
-            self.best = found["val_loss"]
-            self.save("best.pt", weights_only=True)
-        self.save("ckpt.pt")
-        self.log.draw(f"{NAME}: {self.unit}, {self.step} of {self.run.max_steps} steps")
-        self.log.start_clock()
-
-    def show(self, length: int) -> str:
-        """A sample of what the model can do by now."""
-        torch.manual_seed(self.run.seed)
-        self.model.eval()
-        with self.autocast:
-            return self.demonstrate(length)
-
-    def demonstrate(self, length: int) -> str:
-        """A sample of about `length` tokens."""
-        return demonstrate(self.model, self.corpus, length)
-
-    def describe_data(self) -> str:
-        """What there is to learn from, for the first line."""
-        corpus = self.corpus
-        return (
-            f"{self.run.data}, {corpus.documents:,} document{'s' * (corpus.documents != 1)}; "
-            f"{len(corpus.train):,} tokens to train on, {len(corpus.validation):,} to validate; "
-            f"vocabulary of {self.config.vocab_size:,}"
-        )
-
-    def report(self) -> None:
-        """Log the mean loss since the last report. Raises ValueError if the run has diverged."""
-        losses = torch.stack([loss for loss, _ in self.pending]).tolist()  # (waits for the device)
-        tokens, self.pending = sum(tokens for _, tokens in self.pending), []
-        lr = schedule(self.step - 1, self.run) * self.run.lr
-        guess = math.log(self.config.vocab_size)
-        self.log.report(self.step, self.run, losses, tokens, lr, guess)
-
-    def begin(self) -> None:
-        """Say what comes; write run.json, tokenizer.json and, for a new run, the first ckpt.pt."""
-        from data import RunLog, naming, ranks, replacing, set_aside
-
-        run, parts = self.run, [self.config, self.objective, self.run]
-        if run.init_from != "resume":
-            set_aside(self.out_dir)
-        self.log = RunLog(self.out_dir, self.step if run.init_from == "resume" else None)
-        if ranks()[0] > 0:
-            return
-        for left in self.out_dir.glob("*.tmp"):  # of a run that was killed while it wrote
-            left.unlink()
-        settings = {name: value for part in parts for name, value in asdict(part).items()}
-        with replacing(self.out_dir / "run.json", "w") as file:
-            json.dump(settings | ({"task": asdict(self.task)} if self.task else {}), file, indent=1)
-        with naming(self.out_dir / "tokenizer.json"):
-            self.tokenizer.save(self.out_dir / "tokenizer.json")
-        weights = sum(p.numel() for p in self.model.parameters())
-        self.log.say(
-            f"data: {self.describe_data()}",
-            f"model: {weights / 1e6:.2f} million parameters, on {self.device.type} in {run.dtype}; "
-            f"{run.max_steps:,} steps of {run.rows} sequences",
-        )
-        if self.step:
-            self.log.say(f"resumed at step {self.step}")
-        else:
-            self.save("ckpt.pt")
-
-    def save(self, name: str, weights_only: bool = False) -> None:
-        """Write a checkpoint: tensors and plain types only. The old one stays until it is whole."""
-        from data import ranks, replacing
-
-        if ranks()[0] > 0:
-            return
-        state = dict(
-            name=NAME, step=self.step, best_loss=self.best,
-            config=asdict(self.config), objective=asdict(self.objective), run=asdict(self.run),
-            task=asdict(self.task) if self.task else None,
-            documents=self.corpus.documents if self.corpus else 0, model=self.model.state_dict(),
-            pending=[(float(loss), tokens) for loss, tokens in self.pending],
-        )
-        if not weights_only:
-            state |= dict(optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict())
-        with replacing(self.out_dir / name) as file:
-            torch.save(state, file)
-
-
-class FineTuner(Trainer):
-    """A run that learns a task from examples, and stops when it only learns them by heart."""
-
-    unit, corpus = "loss on the examples", None
-
-    def __init__(self, run: FinetuneConfig, config, objective, checkpoint: dict, task: Task):
-        self.task = task
-        super().__init__(run, config, objective, checkpoint)
-
-    def open_data(self, run: FinetuneConfig, checkpoint: dict) -> int:
-        from data import Batches, Examples, task_rows
-
-        self.tokenizer, parts = checkpoint["tokenizer"], task_rows(self.task, run.data)
-        self.config = self.task.fit(self.config, parts)
-        if run.dropout is not None:
-            self.config = replace(self.config, dropout=run.dropout)
-        self.examples, self.held_out = (
-            Examples(self.task, parts[part], self.tokenizer, self.config, parts["train"])
-            for part in ("train", "validation")
-        )
-        if not self.examples.rows or not self.held_out.rows:
-            raise ValueError(f"{run.data}: no examples are left to learn from, or to hold out")
-        self.batches = Batches(self.examples.lengths, run.rows, run.seed)
-        return len(self.examples.rows)
-
-    def take_weights(self, run: FinetuneConfig, checkpoint: dict) -> None:
-        """The checkpoint's, but for those of another task; freeze what is not to change."""
-        weights, frozen = checkpoint["model"], self.task.prepare(self.model, run.freeze)
-        if run.init_from != "resume":
-            shapes = {name: tensor.shape for name, tensor in self.model.state_dict().items()}
-            weights = {
-                name: tensor for name, tensor in weights.items()
-                if not run.scratch and tensor.shape == shapes.get(name)
-            }
-        self.model.load_state_dict(weights, strict=run.init_from == "resume")
-        for module in frozen:
-            module.requires_grad_(False)
-
-    def draw_batch(self) -> dict:
-        generator = np.random.default_rng((self.run.seed, self.step))
-        return self.examples.batch(self.batches[self.step], generator)
-
-    def evaluate(self) -> dict[str, float]:
-        found, self.table = evaluate_task(
-            self.task, self.model, self.held_out, self.autocast, self.run.batch_size)
-        return found
-
-    @property
-    def stops_early(self) -> bool:
-        """Whether the last `patience` evaluations found no lower loss."""
-        losses = [row["val_loss"] for row in self.log.rows if "val_loss" in row]
-        patience = self.run.patience
-        return 0 < patience < len(losses) and min(losses[-patience:]) >= min(losses[:-patience])
-
-    def demonstrate(self, length: int) -> str:
-        return self.task.demonstrate(self.model, self.held_out, length)
-
-    def describe_data(self) -> str:
-        learn, held_out = self.examples, self.held_out
-        notes = {"cropped": learn.cropped + held_out.cropped,
-                 "left out": learn.left_out + held_out.left_out}
-        return "; ".join([
-            f"{self.run.data or 'the stories of input.txt'}, {len(learn.rows):,} examples to learn "
-            f"from, {len(held_out.rows):,} held out",
-            *(f"{n:,} {what}" for what, n in notes.items() if n),
-        ])
-
-
-# --------------------------------------------------------------------------------------------------
-# 10. The command line
-# --------------------------------------------------------------------------------------------------
+    if state:
+        step, best, worse = state["step"], state["best"], state["worse"]
+        groups = optimizer.state_dict()["param_groups"]  # with the learning rates of now
+        optimizer.load_state_dict(state["optimizer"] | {"param_groups": groups})
+        scaler.load_state_dict(state["scaler"] or scaler.state_dict())  # ({}: it was not float16)
+    else:
+        checkpoint("ckpt.pt")  # a run that is killed before its first evaluation can go on, too
+    with asked_to_stop() as pressed:
+        while step < run.max_steps and not 0 < run.patience <= worse:
+            if any_rank(pressed):  # Ctrl-C: in whichever process, all stop at the same step
+                checkpoint("ckpt.pt")
+                return False
+            for group in optimizer.param_groups:
+                group["lr"] = group["highest_lr"] * schedule(step, run)
+            batch = task.batch(step)
+            torch.manual_seed((run.seed * 1_000_003 + step) * ranks()[1] + ranks()[0])  # dropout's
+            log.add(update(model, task, batch, optimizer, scaler, autocast, run), batch)
+            step += 1
+            evaluating = step % run.eval_interval == 0 or step == run.max_steps  # (0: an epoch's)
+            if evaluating or step % run.log_interval == 0:
+                log.report(step, schedule(step - 1, run))
+            if evaluating:
+                found = evaluate(model, task, run.batch_size, autocast, most=1 << 20)
+                with autocast:
+                    sample = task.demonstrate(model, 400 if step == run.max_steps else 40)
+                log.evaluated(step, found, sample)
+                worse = 0 if found["val_loss"] < best else worse + 1
+                best = min(best, found["val_loss"])
+                if worse == 0:
+                    checkpoint("best.pt")
+                checkpoint("ckpt.pt")
+            if run.snapshot_interval and step % run.snapshot_interval == 0:
+                checkpoint(f"ckpt_{step:06d}.pt")
+    return True
 
 
 def from_pretrained(name_or_folder) -> Model:
     """A model that was trained here, by its run's folder or a checkpoint's path; or a published
-    one, by its name on the Hugging Face hub or of its folder. In evaluation mode, float32.
+    one, by its name on the Hugging Face hub or of its folder. In evaluation mode, float32. Raises
+    ValueError or OSError where it is none of this architecture."""
+    from data import open_model
 
-    Raises ValueError or OSError where it is none, or not of this file's architecture.
-    """
-    from data import open_weights
-
-    return open_weights(sys.modules[__name__], name_or_folder)
+    return open_model(sys.modules[__name__], name_or_folder)[0].eval()
 
 
-def save_pretrained(model, folder, task: dict | None = None) -> None:
+def save_pretrained(model, folder, task=None) -> None:
     """Write config.json and model.safetensors, which `transformers` opens with the same results.
-
-    task: of a fine-tuned model, the fields of `Task`. Raises ValueError for a variant that
-    `transformers` has no class for, OSError where nothing can be written.
-    """
+    task: what it learned from. Raises ValueError for a variant that has no class there."""
     from data import save_published
 
-    save_published(folder, to_published(model.config), published_weights(model), task)
+    save_published(sys.modules[__name__], folder, model, task)
 
 
 Model.from_pretrained, Model.save_pretrained = staticmethod(from_pretrained), save_pretrained
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; exit status: 0 done, 2 the user's mistake (a line says which), 130 Ctrl-C.
-
-    The commands are in data.py: they read flags and files, and call what stands above.
-    """
+    """Run a command (they are in data.py: they read flags and files, and call what stands above).
+    Exit status: 0 done, 2 the user's mistake (a line says which), 130 Ctrl-C."""
     try:
         from data import run_command
     except ImportError as error:
         if error.name not in ("bpe", "data"):
             raise
-        hidden = not isinstance(error, ModuleNotFoundError)
-        print(f"error: {error.name}.py is {'hidden by a namesake' if hidden else 'missing'}: put "
-              f"bpe.py and data.py beside {NAME}.py", file=sys.stderr)
+        print(f"error: {error.name}.py is missing, or hidden by a namesake: put bpe.py and data.py "
+              f"beside {NAME}.py", file=sys.stderr)
         return 2
     return run_command(sys.modules[__name__], sys.argv[1:] if arguments is None else arguments)
 
