@@ -199,9 +199,9 @@ class Attention(nn.Module):
         )
         if self.turns is not None:
             turns = self.turns[: x.size(1)]
-            query, key = rotate(query, turns), rotate(key, turns)
+            query, key = rotate(query, turns), rotate(key, turns)  # (B, nh, T, hd)
         bias = None if bias is None else bias.to(query.dtype)
-        mixed = attention(query, key, value, bias, dropout=self.dropout * self.training)
+        mixed = attention(query, key, value, bias, dropout=self.dropout * self.training)  # no mask
         mixed = self.proj(mixed.transpose(1, 2).flatten(2))  # (B, T, C)
         return F.dropout(mixed, self.dropout, self.training)
 
@@ -407,7 +407,7 @@ class BERT(nn.Module):
     def guess(self, idx, mask_id: int):
         """idx (T,) int64 -> the places of its masks (M,), probabilities of the tokens there (M, V):
         0 for ids in `never`, which are no text."""
-        at = (idx == mask_id).nonzero()[:, 0]
+        at = (idx == mask_id).nonzero()[:, 0]  # (M,)
         logits = self(idx[None], at=at)[0].float().index_fill(1, self.never, -math.inf)
         return at, F.softmax(logits, dim=-1)
 
@@ -417,7 +417,7 @@ class BERT(nn.Module):
         for _ in range(int((idx == mask_id).sum())):
             at, probability = self.guess(idx, mask_id)
             best, token = probability.max(dim=-1)  # (M,)
-            idx[at[best.argmax()]] = token[best.argmax()]
+            idx[at[best.argmax()]] = token[best.argmax()]  # the surest one
         return idx
 
 
@@ -562,7 +562,7 @@ class Pretraining:
         from data import spread
 
         documents, room = self.documents["validation"], self.T - 2 - self.nsp
-        n = -(-np.diff(documents)[:, 0] // room)  # windows of each document
+        n = -(-np.diff(documents)[:, 0] // room)  # windows of each document, rounded up
         document = np.repeat(np.arange(len(n)), n)
         within = np.arange(len(document)) - (n.cumsum() - n)[document]  # number in its document
         cuts, masks, copies = np.random.default_rng(0), np.random.default_rng(1), 1 + self.nsp
@@ -745,7 +745,7 @@ class Finetuning:
         truth, guess, n = batch["labels"], scores.argmax(dim=-1), len(self.labels)
         loss = F.cross_entropy(scores, truth, label_smoothing=0.1 * model.training)
         right = guess == truth
-        either = truth.bincount(minlength=n) + guess.bincount(minlength=n)
+        either = truth.bincount(minlength=n) + guess.bincount(minlength=n)  # (n_labels,)
         return loss, {} if model.training else dict(
             accuracy=(right.sum(), len(truth)),
             macro_f1=(2 * truth[right].bincount(minlength=n), either))

@@ -108,7 +108,7 @@ def download(url: str, path, token: str = "") -> Path:
                         if sys.stderr.isatty():
                             say(f"\r{path.name}: {left / 1e6:.1f} MB left ", end="")
                 if left <= 0:
-                    part.replace(path)
+                    part.replace(path)  # only a whole file has this name
         failures = 0 if part.exists() and part.stat().st_size > have else failures + 1
         if failures == 5 and not path.exists():
             raise OSError(f"cannot download {url}: {reason}, 5 times; try again later")
@@ -213,7 +213,7 @@ def parts(source: str):
     characters, documents = map(sum, zip(*sizes))
     if not characters:
         raise ValueError(f"{train} is empty, or has no {', '.join(READABLE)} file")
-    total = documents if documents >= 10 else characters
+    total = documents if documents >= 10 else characters  # what is counted
     left = total - total // 10  # of the training part
     for piece in pieces(train):
         found = DOCUMENT_END.finditer(piece)  # where it can be cut
@@ -271,7 +271,7 @@ class Corpus:
 
     def edges(self, part: str) -> np.ndarray:
         """Where the separators stand in "train" or "validation", (n,) int64."""
-        tokens = getattr(self, part)
+        tokens = getattr(self, part)  # (n,)
         return np.concatenate([i + np.flatnonzero(tokens[i : i + PIECE] == self.separator)
                                for i in range(0, len(tokens), PIECE)])
 
@@ -319,7 +319,7 @@ def make_corpus(source, folder: Path, vocab_size, special_tokens, separator, tok
         edge = np.array([tokenizer.special[separator]])
         ends, last, edges = [(part, edge) for part in PARTS], {}, 0
         for part, ids in itertools.chain(ends, parallel(encode, parts(source)), ends):
-            before = np.concatenate((last.get(part, ~edge), ids))[:-1]
+            before = np.concatenate((last.get(part, ~edge), ids))[:-1]  # the token before each
             ids = ids[(ids != edge) | (before != edge)]  # no two separators in a row
             last[part] = ids[-1:] if len(ids) else last[part]
             edges += int((ids == edge).sum())
@@ -338,8 +338,8 @@ def sliding_windows(tokens, block_size: int, stride: int, pad_id: int):
     if not 1 <= stride <= block_size:
         raise ValueError(f"stride {stride} is not between 1 and block_size {block_size}")
     tokens = np.asarray(tokens, np.int64)
-    n = 1 + max(math.ceil((len(tokens) - 1 - block_size) / stride), 0)
-    missing = (n - 1) * stride + block_size + 1 - len(tokens)
+    n = 1 + max(math.ceil((len(tokens) - 1 - block_size) / stride), 0)  # windows
+    missing = (n - 1) * stride + block_size + 1 - len(tokens)  # behind the last token
     at = np.arange(n)[:, None] * stride + np.arange(block_size)  # (n, block_size)
     inputs = np.pad(tokens, (0, missing), constant_values=pad_id)[at]
     targets = np.pad(tokens, (0, missing), constant_values=-100)[at + 1]
@@ -349,7 +349,7 @@ def sliding_windows(tokens, block_size: int, stride: int, pad_id: int):
 @functools.lru_cache(4)
 def epoch_order(n: int, seed: int, epoch: int) -> tuple[np.ndarray, float]:
     """A random order of n rows and a random number from [0, 1), the same for the same arguments."""
-    generator = np.random.default_rng((seed, epoch))
+    generator = np.random.default_rng((seed, epoch))  # (no state: a step can be drawn again)
     return generator.permutation(n), generator.random()
 
 
@@ -395,8 +395,8 @@ def task_rows(task, source: str) -> list[list[dict]]:
     rows = read_table(path, task)
     if len(rows) < 2:
         raise ValueError(f"{path} has 1 row: it takes two, one to learn from and one to hold out")
-    order = np.random.default_rng(0).permutation(len(rows))
-    held_out, rest = np.split(order, [math.ceil(len(rows) / 10)])
+    order = np.random.default_rng(0).permutation(len(rows))  # the same every time
+    held_out, rest = np.split(order, [math.ceil(len(rows) / 10)])  # a tenth, rounded up
     return [[rows[i] for i in sorted(part)] for part in (rest, held_out)]
 
 
@@ -430,7 +430,7 @@ def check_rows(rows: list[dict], source, task) -> list[dict]:
     for row, name in itertools.product(rows, used):
         value = row.get(name)
         if isinstance(value, (int, float)) and value == value:  # NaN, which is not, says nothing
-            value = json.dumps(value).removesuffix(".0")
+            value = json.dumps(value).removesuffix(".0")  # 1.0 is the label 1
         if not isinstance(value, str) or not value.strip():
             raise ValueError(f"{row['place']}: the column {name!r} is empty, or no text")
         row[name] = value.strip()
@@ -454,7 +454,7 @@ class Examples:
     def batch(self, run, step: int) -> list[dict]:
         """The examples of a step, which depend on (seed, step) alone. An epoch takes each once."""
         size = run.batch_size * run.grad_accum
-        epoch, number = divmod(step, math.ceil(len(self.rows) / size))
+        epoch, number = divmod(step, math.ceil(len(self.rows) / size))  # number: of the batch
         return [self.encoded[i] for i in self.epoch(size, run.seed, epoch)[number]]
 
     @functools.lru_cache(2)
@@ -467,14 +467,14 @@ class Examples:
 
     def in_order(self, size: int):
         """Yield all examples in lists of at most `size`, the shortest first."""
-        order = np.argsort(self.lengths, kind="stable")
+        order = np.argsort(self.lengths, kind="stable")  # so that little is padded
         for i in spread(len(order), size):
             yield [self.encoded[j] for j in order[i]]
 
 
 def pad(rows: list, fill: int) -> torch.Tensor:
     """Rows of different lengths side by side: (n, the longest) int64, filled up with `fill`."""
-    rows = [torch.tensor(row, dtype=torch.long) for row in rows]
+    rows = [torch.tensor(row, dtype=torch.long) for row in rows]  # (length,) each
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill)
 
 
@@ -491,7 +491,7 @@ def f1(common: int, written: int, truth: int) -> float:
 def token_f1(written: str, truth: str) -> float:
     """How far the words are the same, in any order (Rajpurkar et al. 2016, 6.1)."""
     ours, theirs = Counter(words_of(written)), Counter(words_of(truth))
-    return f1((ours & theirs).total(), ours.total(), theirs.total())
+    return f1((ours & theirs).total(), ours.total(), theirs.total())  # & keeps the smaller counts
 
 
 def rouge_l(written: str, truth: str) -> float:
@@ -579,11 +579,11 @@ def stored_weights(folder: Path) -> dict[str, torch.Tensor]:
                 tensors |= torch.load(path, map_location="cpu", weights_only=True)
                 continue
             content = np.memmap(path, np.uint8, "c")
-            start = 8 + int.from_bytes(content[:8].tobytes(), "little")
+            start = 8 + int.from_bytes(content[:8].tobytes(), "little")  # where the tensors begin
             header = json.loads(content[8:start].tobytes())
             for name in header.keys() - {"__metadata__"}:
                 begin, end = header[name]["data_offsets"]
-                raw = torch.from_numpy(content[start + begin : start + end])
+                raw = torch.from_numpy(content[start + begin : start + end])  # (bytes,) uint8
                 tensors[name] = raw.view(DTYPES[header[name]["dtype"]]).view(header[name]["shape"])
         except Exception as error:  # a foreign file can fail in any way
             raise ValueError(f"{path} is no whole file of weights: {str(error)[:99]}") from None
@@ -618,12 +618,12 @@ def save_weights(folder, tensors: dict) -> None:
     own = {(x.data_ptr(), x.shape): name for name, x in reversed(tensors.items())}  # the first
     tensors = {name: tensors[name].detach().cpu().contiguous() for name in own.values()}
     dtypes = {dtype: name for name, dtype in DTYPES.items()}
-    header, end = {"__metadata__": {"format": "pt"}}, 0
+    header, end = {"__metadata__": {"format": "pt"}}, 0  # end: of the bytes so far
     for name, x in tensors.items():
         begin, end = end, end + x.nbytes
         header[name] = dict(dtype=dtypes[x.dtype], shape=[*x.shape], data_offsets=[begin, end])
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-len(text) % 8)  # so that the numbers begin at a multiple of 8
     with replacing(Path(folder) / "model.safetensors") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
@@ -706,7 +706,7 @@ class Log:
 
     def add(self, loss: torch.Tensor, batch: dict) -> None:
         """Remember a step's loss, without waiting for it, and how many tokens it read."""
-        self.pending.append((loss, tokens_of(batch)))
+        self.pending.append((loss, tokens_of(batch)))  # the loss stays on the device
 
     def checked(self, *more) -> list[tuple[float, int]]:
         """(loss, tokens) of the steps since the last line. Raises ValueError if one diverged."""
@@ -723,7 +723,7 @@ class Log:
     def report(self, step: int, rate: float) -> None:
         """Write and show the mean loss since the last line. rate: the share of the highest --lr."""
         losses, tokens = zip(*self.checked())
-        seconds, self.since = time.monotonic() - self.since, time.monotonic()
+        seconds, self.since = time.monotonic() - self.since, time.monotonic()  # since the last line
         speed, left = sum(tokens) / seconds, (self.run.max_steps - step) * seconds / len(losses)
         self.step, self.pending, loss = step, [], sum(losses) / len(losses)
         self.write(step=step, loss=loss, lr=rate * self.run.lr, tokens_per_second=round(speed))
@@ -735,7 +735,7 @@ class Log:
 
     def evaluated(self, step: int, found: dict, sample: str) -> None:
         """Write and show what an evaluation found, and a sample; redraw the chart."""
-        self.checked((found["val_loss"], 0))
+        self.checked((found["val_loss"], 0))  # no best.pt of a lost run
         self.write(step=step, **found)
         figures = "  ".join(f"{name} {value:.4f}" for name, value in found.items())
         say(f"step {step}  {figures:<60}", *(f"    {line}" for line in sample.splitlines() if line))
@@ -810,7 +810,7 @@ def add_up(tensors: list[torch.Tensor]) -> None:
 
 def any_rank(flag) -> bool:
     """Whether it is true in any rank: then in all of them at the same step."""
-    total = torch.tensor(float(bool(flag)))
+    total = torch.tensor(float(bool(flag)))  # () float32
     add_up([total])
     return bool(total)
 
@@ -825,7 +825,7 @@ def machine(run):
         raise ValueError(f"this PyTorch sees no {name} device: use --device cpu")
     if ranks()[1] > 1 and not torch.distributed.is_initialized():
         if name == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # of several GPUs, its own
         torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if name == "cuda" else "gloo")
     able = torch.cpu.get_capabilities() if name == "cpu" else {}
     fastest = "bfloat16" if able.get("avx512_bf16") or able.get("amx_bf16") else "float32"
@@ -897,7 +897,7 @@ class Run:
 
 def hint(word: str, known) -> str:
     """What may have been meant: a file that is there, or one of `known` that is spelled alike."""
-    near = difflib.get_close_matches(word.replace("-", "_"), known, 1)
+    near = difflib.get_close_matches(word.replace("-", "_"), known, 1)  # one at most
     near = [f"--data {word}"] if Path(word).exists() else near
     return f"; did you mean {near[0]}?" if near else ""
 
@@ -961,10 +961,10 @@ def parse_command(module, arguments: list[str]):
         raise ValueError(f"there is no flag {flag}{hint(flag, known)}; --help lists them")
     given = vars(given)
     preset, config = given.pop("preset", None), given.pop("config", None)
-    read = read_object(config) if config else {}
+    read = read_object(config) if config else {}  # names are checked here, values by the classes
     if odd := read.keys() - options.keys():
         raise ValueError(f"{config}: there is no setting {min(odd)}")
-    given = presets.get(preset, {}) | read | given
+    given = presets.get(preset, {}) | read | given  # the later wins
     return function, defaults | given, given
 
 
@@ -1034,7 +1034,7 @@ def open_model(module, name, ready: bool = False) -> tuple:
     path = next((run for run in runs if run.exists()), Path(name))
     if not path.exists() and (path.suffix == ".pt" or path.parts[0] == "out"):
         raise ValueError(f"there is no {path}: train first, or name a model by --init_from")
-    folder = None if path.is_file() else pretrained_folder(name)
+    folder = None if path.is_file() else pretrained_folder(name)  # of the hub, or the user's
     try:
         if folder:
             model, state = load_published(module, folder)
@@ -1081,7 +1081,7 @@ def never_write(module, model, tokenizer) -> None:
     """Tell the model which ids it must not write: those that spell nothing (tables of embeddings
     often have more rows than there are tokens), and special tokens that no text has."""
     known = {*tokenizer.spelling, *tokenizer.special.values()}
-    known -= {tokenizer.special.get(token) for token in module.NEVER}
+    known -= {tokenizer.special.get(token) for token in module.NEVER}  # [MASK] and the like
     never = sorted(set(range(model.config.vocab_size)) - known)
     model.never = torch.tensor(never, dtype=torch.long, device=model.never.device)
 
@@ -1091,7 +1091,7 @@ def load(module, settings: dict) -> tuple:
     run = build(Run, settings)
     model, state = open_model(module, run.init_from or run.out_dir, ready=True)
     state["task"].open(run, model.config, state["tokenizer"])
-    torch.manual_seed(run.seed)
+    torch.manual_seed(run.seed)  # of first weights, of what is drawn
     return model.to(machine(run)[0]).eval(), state["task"], state, run
 
 
@@ -1099,7 +1099,7 @@ def train_command(module, settings: dict, given: dict) -> int:
     """Train, from scratch, from a model's weights, or where a run was stopped; `finetune`: by
     examples. (Its defaults are for small models; those 512 wide and more get smaller rates.)"""
     folder, origin, state = Path(settings["out_dir"]), settings["init_from"], None
-    kind, resuming = settings["kind"], origin == "resume"
+    kind, resuming = settings["kind"], origin == "resume"  # kind: of task
     tuning = kind is module.Finetuning
     if origin != "scratch":
         model, state = open_model(module, folder / "ckpt.pt" if resuming else origin, ready=True)
@@ -1140,7 +1140,7 @@ def train_command(module, settings: dict, given: dict) -> int:
 def take_over(module, kind, model, state: dict, settings: dict, given: dict) -> dict:
     """The settings of a run that begins with a model (its sizes) or goes on (all). ValueError where
     those given do not fit."""
-    fixed, run = asdict(model.config), {}
+    fixed, run = asdict(model.config), {}  # what cannot change; what was set before
     if kind is module.Finetuning and model.config.n_embd >= 512:
         run = module.FINETUNING["published"]
     if resuming := settings["init_from"] == "resume":
@@ -1148,13 +1148,13 @@ def take_over(module, kind, model, state: dict, settings: dict, given: dict) -> 
             raise ValueError(f"{settings['out_dir']} is of another command, {state['kind']}")
         run = asdict(state["task"]) | state["run"]
         fixed |= {name: run[name] for name in ("optimizer", "freeze")}  # their state is kept
-    for name in given.keys() & fixed.keys() - {"dropout"}:
+    for name in given.keys() & fixed.keys() - {"dropout"}:  # dropout is no weight
         if given[name] != fixed[name]:
             raise ValueError(f"leave out --{name} {given[name]}: the checkpoint has {fixed[name]}")
     settings |= fixed | run | given | {name: settings[name] for name in ("init_from", "out_dir")}
     if resuming and (settings["data"], build(kind, settings)) != (run["data"], state["task"]):
         say("the data, or what is asked about it, is not as before: a new best begins")
-        state["best"], state["worse"] = math.inf, 0
+        state["best"], state["worse"] = math.inf, 0  # losses on other data do not compare
     return settings
 
 
