@@ -408,8 +408,13 @@ def read_table(path: Path, task) -> list[dict]:
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:  # no byte order mark
             csv.field_size_limit(1 << 24)
-            lines = map(json.loads, filter(str.strip, file))
-            for row in csv.DictReader(file, strict=True) if kind == ".csv" else lines:
+            table = map(json.loads, filter(str.strip, file))
+            if kind == ".csv":
+                table = csv.DictReader(file, strict=True)
+                header = table.fieldnames = [name.strip() for name in table.fieldnames or []]
+                if twice := [x for x in header if x and header.count(x) > 1]:
+                    raise ValueError(f"the column {twice[0]!r} twice")
+            for row in table:
                 if any(row.pop(None, [])):  # cells beyond the header
                     raise ValueError("more cells than columns: put texts with commas in quotes")
                 rows.append(row | {"place": f"{path}, row {len(rows) + 1 + (kind == '.csv')}"})
@@ -461,7 +466,7 @@ class Examples:
     def epoch(self, size: int, seed: int, epoch: int) -> list[np.ndarray]:
         """All rows in batches of at most `size`, of about equal length: so little is padded."""
         generator = np.random.default_rng((seed, epoch))
-        order = np.argsort(self.lengths * generator.uniform(0.8, 1.2, len(self.rows)))
+        order = np.argsort(self.lengths * generator.uniform(0.9, 1.1, len(self.rows)))
         batches = [order[i] for i in spread(len(order), size)]
         return [batches[i] for i in generator.permutation(len(batches))]
 
@@ -526,6 +531,8 @@ def pretrained_folder(name_or_folder) -> Path:
     if not re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", name, re.ASCII):
         raise ValueError(f"{name} is neither a folder nor a model's name, like gpt2")
     folder = cache_folder() / "hub" / name.replace("/", "--")
+    if (folder / "complete").exists():  # then no network is needed
+        return folder
     hub = f"{(os.environ.get('HF_ENDPOINT') or HUB).rstrip('/')}/{name}/resolve/main"
 
     def get(file: str) -> Path | None:
@@ -545,7 +552,9 @@ def pretrained_folder(name_or_folder) -> Path:
     get("config.json")
     get("tokenizer_config.json")
     next(files for files in (*VOCABULARIES, []) if all(map(get, files)))  # the first that it has
-    weight_files(get)
+    if not weight_files(get):
+        raise OSError(f"the hub has no model.safetensors or pytorch_model.bin of {name}")
+    (folder / "complete").touch()
     return folder
 
 
@@ -1002,6 +1011,9 @@ def commands_of(module) -> dict[str, tuple]:
 def run_command(module, arguments: list[str]) -> int:
     """Run a command. Returns the exit status: 0 done, 2 a mistake, or no memory or compiler (a line
     says which), 130 Ctrl-C. Other errors are the code's, and are raised."""
+    for stream in sys.stdout, sys.stderr:
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # where the terminal has no such character
     try:
         function, settings, given = parse_command(module, arguments)
         module.check(build(Run, settings), **LEAST)
