@@ -499,7 +499,7 @@ class Pretraining:
         the rest, or where foreign a piece of another document (in the paper: whole sentences)."""
         cls, sep = [self.special["[CLS]"]], [self.special["[SEP]"]]
         if not self.nsp:
-            return np.concatenate((cls, window, sep)), [0] * (len(window) + 2)
+            return np.concatenate((cls, window, sep)), np.zeros(len(window) + 2)
         n, total = max(round(draw.uniform(0.2, 0.8) * len(window)), 1), self.total[part]
         a, b = window[:n], window[n:]
         if foreign:  # around a token outside the document, all equally likely
@@ -507,7 +507,8 @@ class Pretraining:
             number = draw.integers(total[-1] - size)
             number += size * (number >= total[document] - size)
             b = self.window(part, *self.locate(part, number), max(len(b), 1), draw)
-        return np.concatenate((cls, a, sep, b, sep)), [0] * (len(a) + 2) + [1] * (len(b) + 1)
+        segments = np.repeat((0, 1), (len(a) + 2, len(b) + 1))
+        return np.concatenate((cls, a, sep, b, sep)), segments
 
     def hide(self, ids, draw) -> tuple:
         """Choose tokens to ask for: mask_prob of a row's length, rounded, at least one. 8 in 10 of

@@ -479,8 +479,10 @@ class Examples:
 
 def pad(rows: list, fill: int) -> torch.Tensor:
     """Rows of different lengths side by side: (n, the longest) int64, filled up with `fill`."""
-    rows = [torch.tensor(row, dtype=torch.long) for row in rows]  # (length,) each
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill)
+    padded = np.full((len(rows), max(map(len, rows))), fill)
+    for i, row in enumerate(rows):
+        padded[i, : len(row)] = row
+    return torch.from_numpy(padded)
 
 
 def words_of(text: str) -> list[str]:
