@@ -38,9 +38,7 @@ from collections import Counter, defaultdict
 from itertools import chain
 from pathlib import Path
 
-# --------------------------------------------------------------------------------------------------
-# 1. Splitting: merges never cross the border between two words
-# --------------------------------------------------------------------------------------------------
+# 1. Splitting: merges never cross the border between two words ------------------------------------
 
 SPACE = "\t\n\v\f\r \x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x200B)))
 SPACE += "\u2028\u2029\u202f\u205f\u3000"  # Python's \s also has the controls U+001C to U+001F
@@ -101,9 +99,7 @@ def count_words(text_or_bytes: str | bytes) -> Counter:
     return Counter(split_words(to_text(text_or_bytes)))
 
 
-# --------------------------------------------------------------------------------------------------
-# 2. Learning the merges
-# --------------------------------------------------------------------------------------------------
+# 2. Learning the merges ---------------------------------------------------------------------------
 # While we merge, a word is a str whose characters are token ids: chr(id). Then a pair of neighbours
 # is a str of length two, merging it is `word.replace(pair, new)` (`merge_pair` does that in parts,
 # to see the pairs beside it), and all of that runs at the speed of C.
@@ -197,9 +193,7 @@ def learn_merges(counts: dict, byte_ids: list[int], vocab_size: int) -> list[tup
     return merges
 
 
-# --------------------------------------------------------------------------------------------------
-# 3. GPT-2's tokenizer, and the files of all three
-# --------------------------------------------------------------------------------------------------
+# 3. GPT-2's tokenizer, and the files of all three -------------------------------------------------
 
 
 class Cache(dict):
@@ -413,9 +407,7 @@ def read_content(path: Path, data: bytes) -> dict:
     return dict(parts, added_tokens=added, model=model)
 
 
-# --------------------------------------------------------------------------------------------------
-# 4. BERT's tokenizer
-# --------------------------------------------------------------------------------------------------
+# 4. BERT's tokenizer ------------------------------------------------------------------------------
 # Text is cleaned, in the uncased models also lower-cased and freed of accents, and cut at white
 # space and punctuation. (To the library the few signs younger than Unicode 8 are ordinary letters.)
 
@@ -485,9 +477,7 @@ class WordPiece(Tokenizer):
         return text.encode()
 
 
-# --------------------------------------------------------------------------------------------------
-# 5. T5's tokenizer
-# --------------------------------------------------------------------------------------------------
+# 5. T5's tokenizer --------------------------------------------------------------------------------
 # Each piece has a score, the logarithm of its probability. Of all the ways to cut a word into
 # pieces the one with the highest sum is taken. A space is written as "▁" and belongs to the word
 # that follows, so text comes back, but for what the normaliser has changed.
