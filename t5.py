@@ -206,11 +206,8 @@ def distance_buckets(distance, both_sides: bool, n_buckets: int, max_distance: i
 
 class Attention(nn.Module):
     """Multi-head attention (Vaswani, 3.2.2): states ask, and the same states (self-attention) or
-    the encoder's (cross-attention) answer.
-
-    T5 does not divide scores by sqrt(hd). Instead its first weights for queries are smaller by that
-    factor (see `T5.init_attention`), and so has to be their learning rate.
-    """
+    the encoder's (cross-attention) answer. Scores are not divided by sqrt(hd). Instead the first
+    weights for queries are smaller by that factor, and so has to be their learning rate."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -273,9 +270,9 @@ class Normalize(torch.autograd.Function):
     """For speed alone, an eighth of a step on a CPU: x (..., C), scale (C,) -> r x * scale with
     r = inverse_rms(x).
 
-    With g the gradient times scale, dx = r (g - r x mean(g r x)). LayerNorm's has another term, r
-    mean(g), which its fused kernel subtracts: adding it again is twice as fast as PyTorch's
-    RMSNorm. Under autocast, the result comes in the type that the products after it take.
+    With g the gradient times scale, dx = r (g - r x mean(g r x)). LayerNorm's fused kernel also
+    subtracts r mean(g): to add it again is twice as fast as PyTorch's RMSNorm. Under autocast, the
+    result comes in the type that the products after it take.
     """
 
     @staticmethod
@@ -392,10 +389,10 @@ class T5(nn.Module):
         """T5's normal distributions: embeddings with variance 1; matrices so that what goes in with
         variance 1 comes out with it, but here with half of that std, which learns faster.
 
-        AdamW's steps do not depend on how large a weight is, and the embeddings are 20 to 50 times
-        as large as other models', so they change too slowly. The paper's Adafactor makes steps in
-        proportion (3.1.2); here the embeddings' learning rate is ten times as high. That is one of
-        two reasons why "T5 does not converge with AdamW"; the other: `init_attention`.
+        AdamW's steps do not depend on how large a weight is, so embeddings 20 to 50 times as large
+        as other models' change too slowly. (The paper's Adafactor makes steps in proportion, 3.1.2;
+        here their learning rate is ten times as high.) That is one of two reasons why "T5 does not
+        converge with AdamW"; the other: `init_attention`.
         """
         if isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight)
@@ -406,11 +403,10 @@ class T5(nn.Module):
     def init_attention(self):
         """Begin with a path from the text around a gap to the tokens that fill it.
 
-        What belongs in a gap shows in the tokens beside it. To get there from them takes two
-        steps: in the encoder the sentinel has to look at its neighbours, and in the decoder the
-        same sentinel has to look at the encoder's. Neither gains anything before the other is
-        there. So for hundreds of steps the decoder learns which tokens are frequent, and little
-        more (9 % of the span tokens right after 300 steps; with both from the start, 14 %).
+        What belongs in a gap shows in the tokens beside it. To get there takes two steps: in the
+        encoder the sentinel has to look at its neighbours, and in the decoder the same sentinel at
+        the encoder's. Neither gains anything before the other is there: for hundreds of steps the
+        decoder learns which tokens are frequent, and little more.
 
         Neighbours: in the encoder, the biases of distances begin high at -1, 1, -2, 2, ... tokens,
         one for each head. The same sentinel: in the decoder's first cross-attention, the map for
@@ -473,8 +469,7 @@ class T5(nn.Module):
         """Write a target for each source, src (B, S) int64 -> (B, n) int64, n <= max_new_tokens.
 
         Each ends with </s>, unless it got too long, and is filled up with <pad>. temperature,
-        top_k, top_p: see `sample`; temperature 0 takes the likeliest token every time. beams > 1:
-        see `beam_search`, which does without these three. src_mask (B, S) bool: see `encode`.
+        top_k, top_p: see `sample`; beams > 1: see `beam_search`, which does without these three.
         Raises ValueError for other shapes. The model is left in evaluation mode.
         """
         if src.ndim != 2 or not src.numel() or max_new_tokens < 1:
@@ -793,24 +788,12 @@ class Pretraining:
         yield "\n\n".join(texts)
 
     def demonstrate(self, model: Model, length: int) -> str:
-        """A sample for the log: a text with what is written into its gaps in brackets, [right] or
-        [wrong/what it was]."""
+        """A sample for the log: a text with gaps, and how the model fills them."""
         tokens = self.corpus.validation[: 2 * self.block_size].astype(np.int64)
         tokens = tokens[tokens != self.config.eos_id][: min(length, self.block_size)]
-        src, truth = self.corrupt(tokens, self.draw_noise(len(tokens), np.random.default_rng(0)))
-        options = GenerateConfig(max_new_tokens=2 * len(truth))
-        target = write(model, src.tolist(), options)[0]
-        guesses, truths = (gap_contents(x, self.sentinels, self.config.eos_id)
-                           for x in (target, truth.tolist()))
-        spell, text = self.tokenizer.decode_bytes, b""
-        for token in src[:-1].tolist():
-            if token not in truths:
-                text += spell([token])
-                continue
-            right, guess = spell(truths[token]), spell(guesses.get(token, []))
-            text += right[: len(right) - len(right.lstrip())]  # the space before the bracket
-            text += b"[" + (b"" if guess == right else guess.strip() + b"/") + right.strip() + b"]"
-        return text.decode("utf-8", "replace")
+        src, tgt = self.corrupt(tokens, self.draw_noise(len(tokens), np.random.default_rng(0)))
+        options = GenerateConfig(self.tokenizer.decode(src[:-1]), max_new_tokens=2 * len(tgt))
+        return f"{options.prompt}\n-> {''.join(self.answer(model, options))}"
 
 
 def pad_sources(sources: list, targets: list, pad) -> dict:
@@ -974,8 +957,8 @@ def to_published(config: Config) -> dict:
 def from_published(found: dict, names) -> Config:
     """What `config.json` says, and the names of the weights -> our settings.
 
-    Whether the head is tied, the file tells: one with a head of its own is not, unless the settings
-    of an older version of `transformers` say that it is only a copy.
+    A file with a head of its own is of a model that is not tied, unless the settings of an older
+    version of `transformers` say that it is only a copy.
     """
     said, newer = found.get("tie_word_embeddings", True), "scale_decoder_outputs" in found
     pad_id = found.get("pad_token_id", 0)
