@@ -20,18 +20,16 @@ and no layer has a bias of its own.
     python t5.py eval                               the loss, and how many tokens of spans are right
     python t5.py finetune                           learn to give a story a title
     python t5.py finetune --data texts.csv          or your sources and targets
-    python t5.py bench                              how fast this machine is at it
     python t5.py generate --init_from t5-small      the published weights (or those in a folder)
     python t5.py export --to FOLDER                 what was trained, for transformers
-    python t5.py --help                             every flag
+    python t5.py --help                             every flag; also: bench
 
 The lesson of this file is how source and target find each other: see `T5.init_attention`. It reads
 from top to bottom: 1 this page, 2 the configuration, 3 layers, 4 the model, 5 pretraining,
 6 fine-tuning, 7 published weights, 9 training (8 is GPT's alone). Copied alone into a project, it
 still gives `from t5 import T5, T5Config`; its commands need bpe.py (tokenizers) and data.py (files,
 flags, log) beside it. To learn, change things: `--mean_span 1` (is that easier?), `--corruption
-bernoulli`, `--n_decoder_layer 1`, `--act gated-gelu --tie false` (version 1.1); leave one half of
-`init_attention` out, then both.
+bernoulli`, `--act gated-gelu --tie false` (version 1.1); leave half of `init_attention` out.
 
 Papers: Raffel et al. 2020, https://arxiv.org/abs/1910.10683 (T5); Shazeer 2020,
 https://arxiv.org/abs/2002.05202 (gated feed-forwards); Vaswani et al. 2017,
@@ -71,10 +69,8 @@ def check(config, **bounds):
 
 @dataclass
 class T5Config:
-    """The architecture. Defaults are T5's, but for dropout (there 0.1); the rest is variants.
-
-    Version 1.1 is act="gated-gelu", tie=False. It has no block_size: a distance can be any, so a
-    text may have any length. Raises ValueError for sizes that do not fit.
+    """The architecture. Defaults are T5's, but for dropout (there 0.1); version 1.1 has
+    act="gated-gelu", tie=False. A text may have any length. ValueError for sizes that do not fit.
     """
 
     vocab_size: int  # token types: special tokens + 256 bytes + merges
@@ -191,8 +187,7 @@ def distance_buckets(distance, both_sides: bool, n_buckets: int, max_distance: i
     With both_sides the first half of the kinds is for keys up to the query, the second for those
     after it: n = n_buckets / 2 each. Without, all n are for keys up to it. A distance d below e =
     n / 2 is a kind by itself; from e on the kind is e + (n - e) * log(d / e) / log(max_distance /
-    e), rounded down, at most n - 1: ranges that grow like powers.
-    """
+    e), rounded down, at most n - 1: ranges that grow like powers."""
     if both_sides:
         n_buckets //= 2
         side, distance = (distance > 0) * n_buckets, distance.abs()  # side: 0, or the second half
@@ -232,8 +227,7 @@ class Attention(nn.Module):
         S) is added to the scores."""
         query = self.heads(self.query(x)).to(key.dtype)
         bias = None if bias is None else bias.to(key.dtype)
-        mixed = attention(
-            query, key, value, bias, causal, scale=1.0, dropout=self.dropout * self.training)
+        mixed = attention(query, key, value, bias, causal, 1.0, self.dropout * self.training)
         mixed = self.proj(mixed.transpose(1, 2).flatten(2).to(x.dtype))  # (B, T, C)
         return F.dropout(mixed, self.dropout, self.training)
 
@@ -293,9 +287,8 @@ class Normalize(torch.autograd.Function):
 
 
 class RMSNorm(nn.RMSNorm):
-    """x / sqrt(mean(x^2) + eps) * scale: a position's C numbers get a mean square of 1, then a
-    learned scale; no mean is subtracted, nothing is added (Zhang & Sennrich 2019,
-    https://arxiv.org/abs/1910.07467)."""
+    """x / sqrt(mean(x^2) + eps) * scale: a mean square of 1, then a learned scale; no mean is
+    subtracted, nothing is added (Zhang & Sennrich 2019, https://arxiv.org/abs/1910.07467)."""
 
     def forward(self, x):
         """x (..., C) -> (..., C)."""
@@ -312,8 +305,7 @@ def make_norm(config: Config):
 
 
 class Block(nn.Module):
-    """Attention, cross-attention (decoder only) and feed-forward, each added to the residual
-    stream: x + sublayer(norm(x))."""
+    """Attention, cross-attention (decoder), feed-forward, each added: x + sublayer(norm(x))."""
 
     def __init__(self, config: Config, decoder: bool):
         super().__init__()
@@ -408,10 +400,9 @@ class T5(nn.Module):
         the encoder's. Neither gains anything before the other is there: for hundreds of steps the
         decoder learns which tokens are frequent, and little more.
 
-        Neighbours: in the encoder, the biases of distances begin high at -1, 1, -2, 2, ... tokens,
-        one for each head. The same sentinel: in the decoder's first cross-attention, the map for
-        keys begins as the map for queries, so that like fits like. A score of 7 outweighs a
-        thousand of 0.
+        Neighbours: the encoder's biases of distances begin high at -1, 1, -2, 2, ... tokens, one
+        for each head. The same sentinel: in the decoder's first cross-attention, the map for keys
+        begins as that for queries, so that like fits like. A score of 7 outweighs a thousand of 0.
         """
         config = self.config
         for stack in self.encoder, self.decoder:
@@ -439,22 +430,19 @@ class T5(nn.Module):
         return self.encoder(self.token_embedding(src), bias)
 
     def decode(self, tokens, bias, sources, source_bias=None, caches=None):
-        """tokens (B, T) int64 of the target so far, with caches the new ones -> logits (B, T, V)
-        of the tokens that follow each. bias: the decoder's `distance_bias`. sources: for each of
-        its blocks the keys and values of the memory."""
+        """tokens (B, T) int64 of the target so far, with caches the new ones -> logits (B, T, V) of
+        those that follow. bias: `distance_bias`; sources: each block's keys and values."""
         hidden = self.decoder(self.token_embedding(tokens), bias, sources, source_bias, caches)
         if self.config.tie and self.config.scale_head:
-            # Or else, since the embeddings have variance 1, scores would have variance C.
-            hidden = hidden * self.config.n_embd**-0.5
+            hidden = hidden * self.config.n_embd**-0.5  # (or scores would have variance C)
         return self.head(hidden)
 
     def forward(self, src, tgt, src_mask=None):
         """src (B, S) int64, tgt (B, T) int64: the source, and the target with its </s> at the end
         -> logits (B, T, V) for each of the target's tokens, given those before it; the mean loss.
 
-        Where tgt is -100 nothing is asked. src_mask (B, S) bool: see `encode`. The decoder reads
-        the true tokens, one behind, not what it would have written (teacher forcing).
-        """
+        Where tgt is -100 nothing is asked. The decoder reads the true tokens, one behind, not what
+        it would have written (teacher forcing). src_mask (B, S) bool: see `encode`."""
         shown = tgt.masked_fill(tgt < 0, self.config.pad_id)  # (B, T); -100 is no token
         before = F.pad(shown, (1, -1), value=self.config.pad_id)  # what stands before each token
         memory, T = self.encode(src, src_mask), tgt.size(1)  # (B, S, C)
@@ -470,8 +458,7 @@ class T5(nn.Module):
 
         Each ends with </s>, unless it got too long, and is filled up with <pad>. temperature,
         top_k, top_p: see `sample`; beams > 1: see `beam_search`, which does without these three.
-        Raises ValueError for other shapes. The model is left in evaluation mode.
-        """
+        Raises ValueError for other shapes. The model is left in evaluation mode."""
         if src.ndim != 2 or not src.numel() or max_new_tokens < 1:
             raise ValueError(
                 f"src has to be (B, S), not {tuple(src.shape)}, and max_new_tokens at least 1")
@@ -517,23 +504,20 @@ class Writer:
         self.sources = [  # (through a KVCache for its type: float32 on a CPU)
             KVCache(src.size(1)).append(*block.cross.keys_values(memory))
             for block in model.decoder.blocks]
-        self.source_bias = None
-        if src_mask is not None:
-            self.source_bias = padding_bias(src_mask).repeat_interleave(copies, dim=0)
+        bias = None if src_mask is None else padding_bias(src_mask)
+        self.source_bias = bias if bias is None else bias.repeat_interleave(copies, dim=0)
         self.caches = [KVCache(length) for _ in self.sources]
         self.bias = model.decoder.distance_bias(1, length)  # distances length - 1, ..., 1, 0
 
     def step(self, column):
-        """column (B,) int64: the tokens written last -> scores of the next ones, (B, V): -inf for
-        ids in `never`, which the tokenizer cannot spell."""
+        """column (B,) int64, the tokens written last -> scores of the next, (B, V)."""
         bias = self.bias[..., -1 - self.caches[0].length :].contiguous()  # (aligned for kernels)
         logits = self.model.decode(
             column[:, None], bias, self.sources, self.source_bias, self.caches)
-        return logits[:, 0].index_fill(1, self.model.never, -math.inf)
+        return logits[:, 0].index_fill(1, self.model.never, -math.inf)  # ids without a spelling
 
     def follow(self, rows):
-        """Go on with these of the targets, (B,) int64. All copies have the same source, so only
-        what was written moves."""
+        """Go on with these of the targets, (B,) int64. Copies have the same source."""
         for cache in self.caches:
             for kept in cache.keys, cache.values:
                 kept[:, :, : cache.length] = kept[rows, :, : cache.length]
@@ -546,8 +530,7 @@ def beam_search(model: T5, src, max_new_tokens: int, beams: int, src_mask=None):
     that do not end are kept: the likeliest token each time may miss a target that begins with the
     second likeliest. The mean over its tokens, </s> counted, decides between targets that have
     ended: with the sum, short ones would win too often. A source is done when none of its
-    beginnings has a better mean than the worst of `beams` that have ended (a rule of thumb).
-    """
+    beginnings has a better mean than the worst of `beams` that have ended (a rule of thumb)."""
     B, pad_id, eos_id = len(src), model.config.pad_id, model.config.eos_id
     writer = Writer(model, src, src_mask, max_new_tokens, beams)
     tokens = src.new_full((B, beams, max_new_tokens), pad_id)  # the beginnings
@@ -650,9 +633,8 @@ class Pretraining:
         check(self, block_size=2, noise_density=(0.001, 0.999), mean_span=1)
         spans = self.counts(self.block_size)[1]
         if spans > len(SENTINELS):
-            raise ValueError(f"{self.block_size} tokens have {spans} spans, and there are "
-                             f"{len(SENTINELS)} sentinels: take a smaller --block_size or a larger "
-                             "--mean_span")
+            raise ValueError(f"{self.block_size} tokens have {spans} spans, and there are 100 "
+                             "sentinels: take a smaller --block_size or a larger --mean_span")
 
     def open(self, run, config: Config, tokenizer, corpus=None) -> Config:
         """Remember what prompts depend on; to train or evaluate, take a text, see data.Corpus
@@ -674,8 +656,7 @@ class Pretraining:
         return config
 
     def counts(self, length: int) -> tuple[int, int]:
-        """(tokens to cut out, spans) of a text of `length` tokens, by the rounding of the paper's
-        code. With independent tokens: the expected numbers."""
+        """(tokens to cut out, spans) of `length` tokens, rounded as in the paper's code."""
         noise = min(max(round(length * self.noise_density), 1), length - 1)
         if self.corruption == "bernoulli":
             return noise, max(round(noise * (1 - self.noise_density)), 1)  # those that begin one
@@ -685,9 +666,8 @@ class Pretraining:
         """Which tokens of a text are cut out: (length,) bool.
 
         "bernoulli" (Raffel, 3.1.4): each token by itself. "spans" (3.3.4, `random_spans_noise_mask`
-        in its code): a fixed number of tokens in a fixed number of spans, text and spans in turn,
-        with text first. So all rows have the same lengths, and nothing needs padding.
-        """
+        in its code): so many tokens in so many spans, text and spans in turn, text first: all rows
+        have the same lengths, and nothing needs padding."""
         if self.corruption == "bernoulli":
             noise = draw.random(length) < self.noise_density
             starts = noise & ~np.concatenate(([False], noise[:-1]))
@@ -716,9 +696,8 @@ class Pretraining:
         return np.concatenate((*src, end)), np.concatenate((*tgt, end))
 
     def make(self, part: str, begins, draw) -> dict:
-        """A batch of the windows of a part that begin at these tokens of text: src (n, S), tgt
-        (n, T) int64, and where sources differ in length src_mask (n, S) bool. Separators are left
-        out, so a window may run on into the next document, as in the paper's code."""
+        """A batch, see `pad_sources`, of the windows of a part that begin at these tokens of text.
+        Separators are left out: a window may run on into the next document, as in the paper's."""
         from data import pad
 
         place = begins[:, None] + np.arange(self.block_size)  # (n, block_size), of text alone
@@ -738,9 +717,8 @@ class Pretraining:
         return self.make("train", begins, np.random.default_rng((self.run.seed, step)))
 
     def eval_batches(self, rows: int, most: int | None = None):
-        """Yield the validation part in windows that do not overlap, but for the last, which ends
-        where the text ends. The noise is always the same, whatever the seed and the number of rows.
-        most: of a large part, about so many tokens, evenly spread over it."""
+        """Yield the validation part in windows; the last ends where the text ends. The noise is
+        always the same. most: of a large part, about so many tokens, evenly spread over it."""
         from data import spread
 
         T, length, draw = self.block_size, self.length["validation"], np.random.default_rng(0)
@@ -763,8 +741,8 @@ class Pretraining:
         return loss, dict(span_accuracy=(right.sum(), batch["in_span"].sum()))
 
     def prompt_ids(self, prompt: str) -> list[int]:
-        """The prompt and </s>. Tokens begin with the space before a word, so a space in front of a
-        sentinel belongs to what is missing. Raises ValueError for gaps with other numbers."""
+        """The prompt and </s>. (Tokens begin with the space before a word, so a space in front of a
+        sentinel is missing, too.) Raises ValueError for gaps with other numbers."""
         parts = re.split(r" ?(<extra_id_\d+>)", prompt)  # text, name, text, name, ..., text
         names = parts[1::2]
         if sorted(names) != sorted(SENTINELS[: len(names)]):
@@ -776,8 +754,7 @@ class Pretraining:
         return [*ids, self.config.eos_id]
 
     def answer(self, model: Model, options: GenerateConfig):
-        """Yield the prompt with its gaps filled; or, for one without gaps (models that were trained
-        to answer take it), the target as it stands."""
+        """Yield the prompt with its gaps filled; to one without gaps, the target as it stands."""
         ids = self.prompt_ids(options.prompt or "The cat sat on the <extra_id_0>.")
         texts, gaps = [], not set(self.sentinels).isdisjoint(ids)
         for target in write(model, ids, options):
@@ -797,7 +774,8 @@ class Pretraining:
 
 
 def pad_sources(sources: list, targets: list, pad) -> dict:
-    """Rows of different lengths -> a batch: src (n, S), tgt (n, T), src_mask (n, S) if needed."""
+    """Rows of different lengths -> a batch: src (n, S), tgt (n, T) int64, and where sources differ
+    in length src_mask (n, S) bool."""
     batch = dict(src=pad(sources, 0), tgt=pad(targets, -100))
     real = pad([[1] * len(source) for source in sources], 0) == 1
     return batch if real.all() else batch | {"src_mask": real}
@@ -808,9 +786,8 @@ def pad_sources(sources: list, targets: list, pad) -> dict:
 
 @dataclass
 class Finetuning:
-    """Turn a source into a target: text to text, whatever the task (Raffel, 2.4). A prefix such as
-    "summarize: " tells a model that knows several tasks which one is meant. (Methods without a text
-    are those of Pretraining.)"""
+    """Turn a source into a target: text to text, whatever the task; a prefix such as "summarize: "
+    tells which one (Raffel, 2.4). (Methods without a text are those of Pretraining.)"""
 
     task_prefix: str = ""  # what stands before each source
     source_length: int = 512  # tokens of a source that are kept, </s> included
@@ -829,8 +806,7 @@ class Finetuning:
         return dict(source=story["text"], target=story["title"])
 
     def open(self, run, config: Config, tokenizer, parts=None) -> Config:
-        """parts: the rows (dicts of columns) to learn from, and those held out -> the architecture
-        for them. (BERT's gets a head for the labels.)"""
+        """parts: the rows (dicts of columns) to learn from, and those held out -> config."""
         from data import Examples
 
         self.run, self.config, self.tokenizer = run, config, tokenizer
@@ -852,8 +828,8 @@ class Finetuning:
         return dict(src=src, tgt=tgt, length=len(src), target=row["target"])
 
     def collate(self, examples: list[dict], draw=None) -> dict:
-        """-> a batch, see `pad_sources`. For training, with a generator, drop_prob of each source's
-        tokens are left out, but not </s>: no source comes twice, so none is learned by heart."""
+        """-> a batch, see `pad_sources`. In training, with a generator, drop_prob of each source's
+        tokens are left out, but not </s>: none is learned by heart."""
         from data import pad
 
         sources = [np.array(example["src"]) for example in examples]
@@ -910,8 +886,7 @@ FIXED = dict(model_type="t5", layer_norm_epsilon=1e-6, is_encoder_decoder=True) 
 # Old files hold distance biases of the cross-attention, which uses none.
 NO_WEIGHTS = r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight"
 ROLES = dict(pad_token="<pad>", eos_token="</s>")  # of special tokens
-HEAD = "$^"  # what may be missing: nothing
-NEVER, TEMPLATE = (), ["A", "</s>"]  # special tokens that no text is to get; around a text A
+NEVER, TEMPLATE, HEAD = (), ["A", "</s>"], "$^"  # not drawn; around a text; may be missing
 
 
 NAMES = [  # what our names have (a regular expression) -> what T5's have there
@@ -958,8 +933,7 @@ def from_published(found: dict, names) -> Config:
     """What `config.json` says, and the names of the weights -> our settings.
 
     A file with a head of its own is of a model that is not tied, unless the settings of an older
-    version of `transformers` say that it is only a copy.
-    """
+    version of `transformers` say that it is only a copy."""
     said, newer = found.get("tie_word_embeddings", True), "scale_decoder_outputs" in found
     pad_id = found.get("pad_token_id", 0)
     if found.get("decoder_start_token_id", pad_id) != pad_id:
