@@ -1200,6 +1200,8 @@ def write_settings(folder: Path, config, task, run, new: bool) -> None:
             if (folder / name).exists():
                 os.replace(folder / name, folder / "before" / name)
         say(f"the run that {folder} held is in {folder / 'before'} now")
+    for left in folder.glob("*.tmp"):  # by a run that was killed while it wrote
+        left.unlink()
     with replacing(folder / "run.json", "w") as file:
         json.dump(asdict(config) | asdict(task) | asdict(run), file, indent=1)
     task.tokenizer.save(folder / "tokenizer.json")

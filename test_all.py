@@ -2100,7 +2100,7 @@ def test_published_folders_that_are_something_else(name, content, match, exporte
 
 # The house ----------------------------------------------------------------------------------------
 
-MOST_LINES = dict(gpt=1000, bert=1080, t5=1180, bpe=600, data=1301, test_all=2300)
+MOST_LINES = dict(gpt=1000, bert=1080, t5=1180, bpe=600, data=1303, test_all=2300)
 MODEL_FILES = "gpt", "bert", "t5"
 
 
