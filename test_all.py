@@ -1374,11 +1374,11 @@ def test_a_resumed_run_follows_the_flags_and_may_diverge(script, trained, capsys
 
 
 @pytest.mark.parametrize("script, flags", [
-    (gpt, ["--max_steps", 120]), (t5, ["--n_embd", 64, "--batch_size", 8, "--max_steps", 50]),
-    (bert, ["--n_embd", 64, "--batch_size", 32, "--max_steps", 200, "--mask_prob", 0.3])],
+    (gpt, ["--max_steps", 250]), (t5, ["--n_embd", 64, "--batch_size", 16, "--max_steps", 90]),
+    (bert, ["--n_embd", 64, "--batch_size", 32, "--max_steps", 300])],
     ids=["gpt", "t5", "bert"])
 def test_it_learns(script, flags, stories, capsys):
-    """Two layers get below what the frequencies of the tokens alone give, where BERT may stay."""
+    """Two layers get well below what the frequencies of the tokens alone give."""
     run(script, "--data", stories, "--out_dir", "run", *SMALL, "--eval_interval", 300, "--dropout",
         0, *flags)
     tok = bpe.Tokenizer.load("run/tokenizer.json")
@@ -1386,7 +1386,7 @@ def test_it_learns(script, flags, stories, capsys):
     share = np.bincount(corpus.train, minlength=400) + 0.1
     unigram = -np.log(share / share.sum())[corpus.validation[1:]].mean()
     perplexity = figures(script, capsys, "eval", "--out_dir", "run")["perplexity"]
-    assert math.log(perplexity) < 0.9 * unigram
+    assert math.log(perplexity) < 0.8 * unigram
 
 
 # Fine-tuning --------------------------------------------------------------------------------------
