@@ -40,6 +40,7 @@ https://arxiv.org/abs/1706.03762 (attention).
 
 import json
 import math
+import re
 import sys
 import textwrap
 from dataclasses import dataclass, field, fields, replace
@@ -113,10 +114,12 @@ PRESETS = {  # sizes, and what goes with them in training; the first is the defa
     "bert-base": dict(vocab_size=30522, block_size=512, n_layer=12, n_head=12, n_embd=768),
     "bert-large": dict(vocab_size=30522, block_size=512, n_layer=24, n_head=16, n_embd=1024),
 }
-FINETUNING = {  # "published" is for models 512 wide and more
-    "laptop": dict(epochs=30.0, batch_size=32, matrix_lr=0.01, weight_decay=0.1, eval_interval=150),
+ADAMW = dict(lr=0.001, warmup_steps=100)  # what --optimizer adamw takes, for all weights
+FINETUNING = {
+    "laptop": dict(epochs=30.0, batch_size=32, matrix_lr=0.01, weight_decay=0.1),
     "published": dict(epochs=3.0, batch_size=16, optimizer="adamw", lr=3e-5, warmup_steps=50,
-                      weight_decay=0.01, eval_interval=0, mask_prob=0.0),
+                      weight_decay=0.01),  # for models 512 wide and more
+    "stories": dict(mask_prob=0.1, label_smoothing=0.1, eval_interval=150),  # without --data
 }
 
 # 3. Layers, from the bottom up --------------------------------------------------------------------
@@ -263,7 +266,9 @@ class BERT(nn.Module):
             self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
         elif config.pos == "sinusoidal":
             self.register_buffer("positions", self.first_positions(), persistent=False)
-        self.norm = make_norm(config)  # post-norm: of the embeddings; pre-norm: after the blocks
+        # Post-norm normalizes the sum of the embeddings, pre-norm what comes out of the last block.
+        self.embedding_norm = make_norm(config) if config.norm == "post" else nn.Identity()
+        self.norm = make_norm(config) if config.norm == "pre" else nn.Identity()
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         # For hidden tokens: head(norm(gelu(transform(x)))), as in BERT's code.
         self.transform = nn.Linear(config.n_embd, config.n_embd)
@@ -350,13 +355,11 @@ class BERT(nn.Module):
         elif config.pos == "sinusoidal":
             x = x + self.positions[:T]
         x = x + self.segment_embedding(torch.zeros_like(idx) if segments is None else segments)
-        x = x if config.norm == "pre" else self.norm(x)
-        x = F.dropout(x, config.dropout, self.training)
+        x = F.dropout(self.embedding_norm(x), config.dropout, self.training)
         bias = None if mask is None else padding_bias(mask)  # (B, 1, 1, T), hides the padding
         for block in self.blocks[:-1]:
             x = block(x, bias)
-        x = self.blocks[-1](x, bias, at)
-        return self.norm(x) if config.norm == "pre" else x
+        return self.norm(self.blocks[-1](x, bias, at))
 
     def forward(self, idx, segments=None, mask=None, at=None):
         """idx (B, T) int64 -> mlm_logits (B, T, V), nsp_logits (B, 2), or None without that head.
@@ -456,14 +459,18 @@ class Pretraining:
         """Remember what prompts depend on; to train or evaluate, take a text, see data.Corpus
         -> the architecture for it. Raises ValueError where it does not fill a sequence.
 
-        documents[part] (n, 2): where each begins and ends in the part; total[part] (n,): the tokens
-        up to its end. A single one is cut into several: a foreign B has to come from another.
+        documents[part] (n, 2): where each begins and ends in the part. A single one is cut into
+        several: a foreign B has to come from another. windows[part] (n,): the windows that they
+        have, at most `room` tokens each, up to the end of each document.
         """
+        from data import Batches
+
         self.run, self.T, self.nsp, self.tokenizer = run, config.block_size, config.nsp, tokenizer
         self.special, self.ordinary = tokenizer.special, np.array(sorted(tokenizer.spelling))
         if corpus is None:
             return config
-        self.corpus, self.description, self.documents, self.total = corpus, str(corpus), {}, {}
+        self.corpus, self.description, self.documents, self.windows = corpus, str(corpus), {}, {}
+        self.room = self.T - 2 - self.nsp  # beside [CLS] and each [SEP]
         for part in "train", "validation":
             edges = corpus.edges(part)
             spans = np.stack((edges[:-1] + 1, edges[1:]), axis=1)
@@ -472,43 +479,51 @@ class Pretraining:
                 n = max((spans[0, 1] - spans[0, 0]) // (8 * self.T), 2)
                 cuts = np.linspace(*spans[0], n + 1).astype(np.int64)
                 spans = np.stack((cuts[:-1], cuts[1:]), axis=1)
-            self.documents[part] = spans
-            self.total[part] = np.diff(self.documents[part])[:, 0].cumsum()
-            if not len(self.total[part]) or self.total[part][-1] < self.T:
+            self.documents[part], sizes = spans, np.diff(spans)[:, 0]
+            self.windows[part] = (-(-sizes // self.room)).cumsum()  # rounded up
+            if sizes.sum() < self.T:
                 raise ValueError(f"the text is too short: {corpus} do not fill sequences of "
                                  f"{self.T}; give more text or a smaller --block_size")
-        self.rows = self.total["train"][-1] // self.T
+        document = self.document("train", np.arange(self.windows["train"][-1]))
+        self.order = Batches(np.diff(self.documents["train"])[document, 0].clip(max=self.room))
+        self.rows = len(document)
         return config
 
-    def locate(self, part: str, number: int) -> tuple[int, int]:
-        """A token's number, separators not counted -> (its document, its place in the part)."""
-        document = int(np.searchsorted(self.total[part], number, side="right"))
-        return document, self.documents[part][document, 1] - (self.total[part][document] - number)
+    def document(self, part: str, number):
+        """The numbers of windows -> the numbers of their documents."""
+        return np.searchsorted(self.windows[part], number, side="right")
 
-    def window(self, part: str, document: int, place: int, room: int, draw=None):
-        """At most `room` tokens of a document, (n,) int64: with a generator `draw` at random around
-        the place, else from there on, but inside the document."""
+    def window(self, part: str, number: int, room: int, draw=None):
+        """At most `room` tokens, (n,) int64. A document's windows are evenly spread over it: or
+        with a generator `draw` each has a share of it, and a random place there."""
+        document = self.document(part, number)
         begin, end = self.documents[part][document]
-        n = min(room, end - begin)
-        before = draw.integers(n) if draw else 0
-        begin = min(max(place - before, begin), end - n)
+        count, n = -(-(end - begin) // self.room), min(room, end - begin)
+        i = count - (self.windows[part][document] - number)  # its number in the document
+        share = (i + draw.random()) / count if draw else i / max(count - 1, 1)
+        begin += int(share * (end - begin - n + (draw is not None)))
         return getattr(self.corpus, part)[begin : begin + n].astype(np.int64)
 
-    def pair(self, part: str, document: int, window, foreign: bool, draw) -> tuple:
-        """[CLS] A [SEP] B [SEP] as ids and segments: A is a fifth to four fifths of the window, B
-        the rest, or where foreign a piece of another document (in the paper: whole sentences)."""
+    def pair(self, first, second, draw) -> tuple:
+        """[CLS] A [SEP] B [SEP] as ids and segments. A is the first fifth to four fifths of a
+        window, B the rest of it, or of a second: cut with the same share, so that B alone, its
+        length or its place in a document, does not tell which (in the paper: whole sentences)."""
         cls, sep = [self.special["[CLS]"]], [self.special["[SEP]"]]
         if not self.nsp:
-            return np.concatenate((cls, window, sep)), np.zeros(len(window) + 2)
-        n, total = max(round(draw.uniform(0.2, 0.8) * len(window)), 1), self.total[part]
-        a, b = window[:n], window[n:]
-        if foreign:  # around a token outside the document, all equally likely
-            size = np.diff(self.documents[part][document])[0]
-            number = draw.integers(total[-1] - size)
-            number += size * (number >= total[document] - size)
-            b = self.window(part, *self.locate(part, number), max(len(b), 1), draw)
-        segments = np.repeat((0, 1), (len(a) + 2, len(b) + 1))
+            return np.concatenate((cls, first, sep)), np.zeros(len(first) + 2)
+        share = draw.uniform(0.2, 0.8)
+        n, m = (max(min(round(share * len(x)), len(x) - 1), 1) for x in (first, second))
+        a, b = first[:n], second[m:][: self.room - n]
+        segments = np.repeat((0, 1), (n + 2, len(b) + 1))
         return np.concatenate((cls, a, sep, b, sep)), segments
+
+    @staticmethod
+    def foreign(document, i: int, begin: int) -> int:
+        """Of rows with these documents, (n,), the first behind i + begin that is of another than
+        row i; or i where there is none."""
+        n = len(document)
+        behind = ((i + begin + j) % n for j in range(n))
+        return next((j for j in behind if document[j] != document[i]), i)
 
     def hide(self, ids, draw) -> tuple:
         """Choose tokens to ask for: mask_prob of a row's length, rounded, at least one. 8 in 10 of
@@ -537,44 +552,37 @@ class Pretraining:
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
     def batch(self, step: int) -> dict:
-        """A step's batch (see `make`), which depends on (seed, step) alone.
-
-        An epoch picks places block_size tokens apart, from a random offset and in random order, and
-        lays a sequence around each, inside its document. Half of the pairs are neighbours.
-        """
-        from data import epoch_rows
-
-        draw, pairs = np.random.default_rng((self.run.seed, step)), []
+        """A step's batch (see `make`), which depends on (seed, step) alone. An epoch takes each
+        window once. Every second row gets the B of the next such row of another document."""
+        draw = np.random.default_rng((self.run.seed, step))
         short = draw.random() < self.short_prob
-        room = (int(draw.integers(8, self.T + 1)) if short else self.T) - 2 - self.nsp
-        row, shift = epoch_rows(self.rows, self.run, step)
-        numbers = ((row + shift) / self.rows * self.total["train"][-1]).astype(np.int64)
-        foreign = (step * len(row) + np.arange(len(row))) % 2
-        for number, elsewhere in zip(numbers, foreign):
-            document, place = self.locate("train", number)
-            window = self.window("train", document, place, room, draw)
-            pairs.append(self.pair("train", document, window, elsewhere, draw))
-        return self.make(pairs, foreign, draw)
+        room = int(draw.integers(8 - 2 - self.nsp, self.room + 1)) if short else self.room
+        numbers = self.order.chosen(self.run, step)
+        windows = [self.window("train", number, room, draw) for number in numbers]
+        own, document = np.arange(len(numbers)), self.document("train", numbers)
+        partner, second = own.copy(), own[(step * len(own) + own) % 2 == 1]
+        for i, row in enumerate(second):
+            partner[row] = second[self.foreign(document[second], i, 1)]
+        pairs = [self.pair(windows[i], windows[j], draw) for i, j in zip(own, partner)]
+        return self.make(pairs, (partner != own).astype(np.int64), draw)
 
     def eval_batches(self, rows: int, most: int | None = None):
         """Yield the validation part in windows, and with pairs each window twice, cut anew: with
-        its own B, and with another; masks and pairs are always the same. most: of a large part,
-        about so many tokens, evenly spread over it."""
+        its own B, and with that of the window half of the part further on; masks and pairs are
+        always the same. most: of a large part, about so many tokens, evenly spread over it."""
         from data import spread
 
-        documents, room = self.documents["validation"], self.T - 2 - self.nsp
-        n = -(-np.diff(documents)[:, 0] // room)  # windows of each document, rounded up
-        document = np.repeat(np.arange(len(n)), n)
-        within = np.arange(len(document)) - (n.cumsum() - n)[document]  # number in its document
-        cuts, masks, copies = np.random.default_rng(0), np.random.default_rng(1), 1 + self.nsp
-        for chosen in spread(len(document), max(rows // copies, 1), most and most // self.T):
-            pairs = []
+        n, copies = int(self.windows["validation"][-1]), 1 + self.nsp
+        document = self.document("validation", np.arange(n))
+        cuts, masks = np.random.default_rng(0), np.random.default_rng(1)
+        for chosen in spread(n, max(rows // copies, 1), most and most // self.T):
+            pairs, foreign = [], []
             for i in chosen:
-                place = documents[document[i], 0] + within[i] * room
-                window = self.window("validation", document[i], place, room)
-                pairs += [self.pair("validation", document[i], window, elsewhere, cuts)
-                          for elsewhere in range(copies)]
-            yield self.make(pairs, [*range(copies)] * len(chosen), masks)
+                for j in (i, self.foreign(document, i, n // 2))[:copies]:
+                    both = (self.window("validation", x, self.room) for x in (i, j))
+                    pairs.append(self.pair(*both, cuts))
+                    foreign.append(int(i != j))
+            yield self.make(pairs, foreign, masks)
 
     def asked(self, batch: dict) -> torch.Tensor:
         """How many tokens, and how many pairs, a batch asks for: its losses are means over them."""
@@ -625,7 +633,7 @@ class Pretraining:
 
     def demonstrate(self, model: Model, length: int) -> str:
         """A sample for the log: a text with guesses in brackets, [right] or [wrong/what it was]."""
-        text = self.window("validation", 0, 0, min(length, self.T - 2))
+        text = self.window("validation", 0, min(length, self.room))
         idx = torch.tensor([self.special["[CLS]"], *text, self.special["[SEP]"]])
         hidden = torch.randperm(len(text))[: max(round(0.15 * len(text)), 1)] + 1
         idx[hidden] = self.special["[MASK]"]
@@ -647,12 +655,16 @@ class Finetuning:
     """Label a text, or a pair: what [CLS] has gathered goes to a new head, with a score for each
     label (Devlin, 4.1). (Methods without a text are those of Pretraining.)"""
 
-    mask_prob: float = 0.1  # share of a text's tokens that become [MASK] in training
+    mask_prob: float = 0.0  # share of a text's tokens that become [MASK] in training
+    label_smoothing: float = 0.0  # share of each answer that all labels get alike in training
     labels: list = field(default_factory=list, metadata=dict(flag=False))  # those of the examples
-    pairs: bool = field(default=False, metadata=dict(flag=False))  # a row has two texts
+    pairs: bool | None = field(default=False, metadata=dict(flag=False))  # two texts a row? or any
 
     columns, optional = ("text", "label"), ("text_b",)
     idle = "transform|pair_head|head.bias"  # parameters that nothing asks any more
+
+    def __post_init__(self):
+        check(self, mask_prob=(0, 1), label_smoothing=(0, 1))
 
     @staticmethod
     def from_story(story: dict) -> dict:
@@ -670,8 +682,9 @@ class Finetuning:
             return config
         learned, asked = ({row["label"] for row in part} for part in parts)
         if not self.labels:
-            whole = all(label.lstrip("-").isdigit() for label in learned | asked)
-            self.labels = sorted(learned | asked, key=int if whole else str)
+            known = learned | asked
+            numbers = all(re.fullmatch(r"-?\d+(\.\d+)?", label, re.ASCII) for label in known)
+            self.labels = sorted(known, key=float if numbers else str)
             self.pairs = "text_b" in parts[0][0]
         if len(self.labels) < 2:
             raise ValueError(f"all examples have the label {self.labels[0]!r}: it takes two")
@@ -689,7 +702,7 @@ class Finetuning:
         if row["label"] not in self.labels:
             raise ValueError(f"{row['place']}: the label {row['label']!r} is none of "
                              f"{', '.join(self.labels)}")
-        if ("text_b" in row) != self.pairs:
+        if self.pairs is not None and ("text_b" in row) != self.pairs:
             problem = "pairs: give" if self.pairs else "single texts: leave out"
             raise ValueError(f"this model labels {problem} --prompt_b or text_b")
         texts = [self.tokenizer.encode(row[name]) for name in ("text", "text_b") if name in row]
@@ -739,12 +752,13 @@ class Finetuning:
         """The mean loss, and in evaluation accuracy, and the labels' F1, whose mean (macro F1) lets
         rare labels count as much as frequent ones: 2 right / (times it is true + it is guessed).
 
-        In training the truth is smoothed, 0.9 for the label and the rest for all alike: few
-        examples are to make no model too sure (Szegedy et al. 2016, arxiv.org/abs/1512.00567, 7).
+        Smoothed answers keep few examples from making a model too sure (Szegedy et al. 2016,
+        https://arxiv.org/abs/1512.00567, 7).
         """
         scores = model.classify(batch["idx"], batch["segments"], batch.get("mask")).float()
         truth, guess, n = batch["labels"], scores.argmax(dim=-1), len(self.labels)
-        loss = F.cross_entropy(scores, truth, label_smoothing=0.1 * model.training)
+        loss = F.cross_entropy(scores, truth,
+                               label_smoothing=self.label_smoothing * model.training)
         right = guess == truth
         either = truth.bincount(minlength=n) + guess.bincount(minlength=n)  # (n_labels,)
         return loss, {} if model.training else dict(
@@ -782,6 +796,7 @@ class Finetuning:
 FIXED = dict(  # settings of `config.json` that have one value here
     model_type="bert", hidden_act="gelu", layer_norm_eps=1e-12, is_decoder=False,
     add_cross_attention=False, position_embedding_type="absolute", tie_word_embeddings=True,
+    problem_type="single_label_classification",
 )
 # No weights; and one of pooler and pair head where the file lacks the other.
 NO_WEIGHTS = r"bert\.embeddings\.position_ids|(bert\.pooler|cls\.seq_relationship)\..*"
@@ -796,7 +811,7 @@ NAMES = [  # what our names have (a regular expression) -> what BERT's have ther
     ("^token_embedding", "bert.embeddings.word_embeddings"),
     ("^position_embedding", "bert.embeddings.position_embeddings"),
     ("^segment_embedding", "bert.embeddings.token_type_embeddings"),
-    ("^norm", "bert.embeddings.LayerNorm"), ("^blocks", "bert.encoder.layer"),
+    ("^embedding_norm", "bert.embeddings.LayerNorm"), ("^blocks", "bert.encoder.layer"),
     ("attn.qkv", "attention.self.qkv"), ("attn.proj", "attention.output.dense"),
     ("attn_norm", "attention.output.LayerNorm"), ("mlp.up", "intermediate.dense"),
     ("mlp.down", "output.dense"), ("mlp_norm", "output.LayerNorm"),
@@ -841,13 +856,15 @@ def to_published(config: Config) -> dict:
 
 def from_published(found: dict, names) -> Config:
     """What `config.json` says, and the names of the weights -> our settings."""
+    labels = len(found.get("id2label") or range(found.get("num_labels", 2)))
+    if labels == 1 and "classifier.weight" in names:
+        raise ValueError("num_labels is 1: it says how much, not which label")
     return Config(
         found["vocab_size"], found["max_position_embeddings"], found["num_hidden_layers"],
         found["num_attention_heads"], found["hidden_size"], n_ff=found["intermediate_size"],
         dropout=found.get("hidden_dropout_prob", 0.1), n_segments=found.get("type_vocab_size", 2),
         nsp="cls.seq_relationship.weight" in names and "bert.pooler.dense.weight" in names,
-        n_labels=len(found.get("id2label", range(found.get("num_labels", 2))))
-        if "classifier.weight" in names else 0,
+        n_labels=labels if "classifier.weight" in names else 0,
     )
 
 # 9. Training: from here on the three model files are the same, letter by letter -------------------
@@ -1029,11 +1046,11 @@ def train(run, task, model: Model, state: dict | None = None) -> bool:
                 log.report(step, schedule(step - 1, run))
             if evaluating:
                 found = evaluate(model, task, run.batch_size, autocast, most=1 << 20)
-                with autocast:
-                    sample = task.demonstrate(model, 400 if step == run.max_steps else 40)
-                log.evaluated(step, found, sample)
                 worse = 0 if found["val_loss"] < best else worse + 1
                 best = min(best, found["val_loss"])
+                with autocast:
+                    sample = task.demonstrate(model, 400 if step == run.max_steps else 40)
+                log.evaluated(step, found, sample, worse)
                 if worse == 0:
                     checkpoint("best.pt")
                 checkpoint("ckpt.pt")

@@ -339,8 +339,13 @@ class Tokenizer:
     def save(self, path) -> None:
         """Write the `tokenizer.json` that `tokenizers` and `transformers` open."""
         beside = Path(f"{path}.tmp")  # a process that is stopped leaves no half file
-        beside.write_text(json.dumps(self.to_json(), ensure_ascii=False, indent=1), "utf-8")
-        beside.replace(path)
+        try:
+            beside.write_text(json.dumps(self.to_json(), ensure_ascii=False, indent=1), "utf-8")
+            beside.replace(path)
+        except OSError as error:
+            raise OSError(f"cannot write {path}: {error}; is there space?") from None
+        finally:
+            beside.unlink(missing_ok=True)
 
     @staticmethod
     def load(path) -> "Tokenizer":
@@ -386,6 +391,10 @@ def read_content(path: Path, data: bytes) -> dict:
     if path.name not in ("merges.txt", "vocab.txt"):
         return json.loads(data)
     lines = data.decode().replace("\r\n", "\n").removesuffix("\n").split("\n")
+    config = path.with_name("tokenizer_config.json")
+    config = json.loads(config.read_bytes()) if config.exists() else {}
+    if config.get("add_prefix_space") or path.with_name("added_tokens.json").exists():
+        raise ValueError("beside it, add_prefix_space is set, or there is added_tokens.json")
     if path.name == "merges.txt":  # GPT-2's: "a b" a line; the ids are in vocab.json beside it
         vocab = json.loads(path.with_name("vocab.json").read_bytes())
         merges = [line for line in lines if not line.startswith("#version")]
@@ -394,8 +403,6 @@ def read_content(path: Path, data: bytes) -> dict:
     else:  # BERT's: a piece a line
         vocab = {piece: i for i, piece in enumerate(lines)}
         special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-        config = path.with_name("tokenizer_config.json")
-        config = json.loads(config.read_bytes()) if config.exists() else {}
         steps = dict(type="BertNormalizer", lowercase=config.get("do_lower_case", True),
                      handle_chinese_chars=config.get("tokenize_chinese_chars", True),
                      strip_accents=config.get("strip_accents"), clean_text=True)

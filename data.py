@@ -59,8 +59,9 @@ def say(*lines: str, end: str = "\n") -> None:
 
 
 def cache_folder() -> Path:
-    """$XDG_CACHE_HOME/gpt-bert-t5, or ~/.cache/gpt-bert-t5."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "gpt-bert-t5"
+    """$XDG_CACHE_HOME/gpt-bert-t5, or ~/.cache/gpt-bert-t5; where nobody is at home, in /tmp."""
+    base = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    return Path(tempfile.gettempdir() if base.startswith("~") else base) / "gpt-bert-t5"
 
 
 @contextlib.contextmanager
@@ -130,7 +131,7 @@ NAMED = {  # name -> where its training part is, and its validation part if it b
     "imdb": [REVIEWS, REVIEWS],
 }
 REVIEW = r"aclImdb/{}/(pos|neg|unsup)/\d+_\d+\.txt"  # in its archive, in folders train and test
-PARTS = ("train", "validation")
+PARTS, TABLES = ("train", "validation"), (".csv", ".jsonl")
 READABLE = (".txt", ".gz", ".jsonl")
 DOCUMENT_END = re.compile(rf"{re.escape(SEPARATOR)}(?:\r?\n)?")
 BETWEEN_DOCUMENTS = re.compile(rf"(?:\r?\n)?{DOCUMENT_END.pattern}")
@@ -164,7 +165,10 @@ def read_documents(path: Path, members: str):
             for number, line in enumerate(file if ".jsonl" in name else [], 1):
                 place = f"{path}, line {number}"
                 yield json.loads(line)["text"] + SEPARATOR if line.strip() else ""
-            yield from iter(lambda: file.read(PIECE), "")
+            for block in iter(lambda: file.read(PIECE), ""):
+                if "\0" in block:
+                    raise ValueError("it is binary, or UTF-16")
+                yield block
     except Exception as error:  # a damaged file can fail in any way
         raise ValueError(f'{place} is not UTF-8 text (iconv converts it), an object with a "text", '
                          f"or a whole .gz: {error}") from None
@@ -177,17 +181,25 @@ def archive_texts(path: Path, members: str):
             if member.size > 1 << 27:  # a small archive can hold gigabytes of zeros, or say so
                 raise ValueError(f"{member.name} has {member.size:,} bytes")
             if member.isfile() and re.fullmatch(members, member.name):
-                text = archive.extractfile(member).read().decode("utf-8", "replace")
+                text = archive.extractfile(member).read().decode("utf-8-sig")
                 yield member.name, text.replace("<br /><br />", "\n\n")
 
 
-def pieces(path: Path, members: str = r".*\.txt"):
+def files_of(path: Path) -> list[Path]:
+    """The files of text in a folder: each once, no hidden ones, no logs of runs. Or the file."""
+    if not path.is_dir():
+        return [path]
+    found = (path / name for name in glob.glob("**/*", root_dir=path, recursive=True))
+    found = {x.resolve(): x for x in sorted(found) if x.name.lower().endswith(READABLE)}
+    return [x for x in found.values()
+            if x.is_file() and not (x.name == "log.jsonl" and x.with_name("run.json").exists())]
+
+
+def pieces(path: Path, members: str = r"(?i)(?!(.*/)?(\.|__MACOSX)).*\.txt"):  # no hidden ones
     """Yield the text of a file, or of those in a folder, in pieces of about PIECE characters that
     can be tokenized apart: cut behind a separator, else where white space follows a word."""
     rest, word = "", re.compile(r".*[!-~](?=\s)", re.DOTALL)
-    names = glob.glob("**/*", root_dir=path, recursive=True) if path.is_dir() else [""]  # no hidden
-    files = sorted(path / x for x in names if not x or x.lower().endswith(READABLE))
-    for i, file in enumerate(files):
+    for i, file in enumerate(files_of(path)):
         rest += SEPARATOR * (i > 0)
         for block in read_documents(file, members):
             rest += block
@@ -238,9 +250,9 @@ def encode_piece(path: str, separator: str, piece: str) -> np.ndarray:
 
 def parallel(function, jobs):
     """Yield (part, function(piece)) of all jobs (part, piece) in order, computed by all cores."""
-    first, waiting = list(itertools.islice(jobs, 2)), []
+    first, waiting = list(itertools.islice(jobs, 3)), []
     jobs = itertools.chain(first, jobs)
-    if len(first) < 2 or "fork" not in multiprocessing.get_all_start_methods():
+    if len(first) < 3 or "fork" not in multiprocessing.get_all_start_methods():
         yield from ((part, function(piece)) for part, piece in jobs)
         return
     # Forked, a process has bpe.py already, and does not run the user's script again.
@@ -289,8 +301,8 @@ def prepare(source: str, vocab_size: int, special_tokens, separator: str, tokeni
     local = int(os.environ.get("LOCAL_RANK", 0))
     if local > 0:  # the first rank of a machine makes what the others then find
         torch.distributed.barrier()
-    files = itertools.chain(*([path, *path.rglob("*")] for path in find_source(source)))
-    stats = [(str(x.resolve()), x.stat().st_size, x.stat().st_mtime_ns) for x in sorted(files)]
+    files = itertools.chain(*map(files_of, find_source(source)))
+    stats = [(str(x.resolve()), x.stat().st_size, x.stat().st_mtime_ns) for x in files]
     kind = tokenizer.to_json() if tokenizer else [vocab_size, list(special_tokens)]
     key = hashlib.sha256(json.dumps([stats, source, kind, separator]).encode()).hexdigest()
     folder = cache_folder() / "tokens" / key[:20]
@@ -299,7 +311,8 @@ def prepare(source: str, vocab_size: int, special_tokens, separator: str, tokeni
     if local == 0 and ranks()[1] > 1:
         torch.distributed.barrier()
     facts = read_object(folder / "corpus.json")
-    train, validation = (np.memmap(folder / f"{part}.bin", facts["dtype"], "r") for part in PARTS)
+    train, validation = (np.asarray(np.memmap(folder / f"{part}.bin", facts["dtype"], "r"))
+                         for part in PARTS)  # (asarray: a plain array on the same map is faster)
     tokenizer = tokenizer or Tokenizer.load(folder / "tokenizer.json")
     return Corpus(tokenizer, train, validation, facts["documents"], tokenizer.special[separator])
 
@@ -389,9 +402,10 @@ def task_rows(task, source: str) -> list[list[dict]]:
                   in archive_texts(path, labelled.format(folder))] for folder in ("train", "test")]
         return [check_rows(rows, source, task) for rows in found]
     if path.is_dir():
-        test = min(path.glob("test.*"), default=path / "validation.csv")
-        files = [("train.*", path / "train.csv"), ("valid*.*", test)]
-        return [read_table(min(path.glob(name), default=other), task) for name, other in files]
+        tables = {x.stem.lower(): x for x in path.iterdir() if x.suffix.lower() in TABLES}
+        held_out = ("valid", "validation", "test")
+        names = "train", next((name for name in held_out if name in tables), "validation")
+        return [read_table(tables.get(name, path / f"{name}.csv"), task) for name in names]
     rows = read_table(path, task)
     if len(rows) < 2:
         raise ValueError(f"{path} has 1 row: it takes two, one to learn from and one to hold out")
@@ -402,31 +416,34 @@ def task_rows(task, source: str) -> list[list[dict]]:
 
 def read_table(path: Path, task) -> list[dict]:
     """The rows of a .csv file, whose header is row 1, or a .jsonl file; see `check_rows`."""
-    kind, rows = path.suffix.lower(), []
-    if kind not in (".csv", ".jsonl") or not path.exists():
+    kind, rows, number = path.suffix.lower(), [], 0
+    if kind not in TABLES or not path.exists():
         raise ValueError(f"{path} is no .csv or .jsonl file with columns {', '.join(task.columns)}")
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:  # no byte order mark
-            csv.field_size_limit(1 << 24)
-            table = map(json.loads, filter(str.strip, file))
-            if kind == ".csv":
-                table = csv.DictReader(file, strict=True)
-                header = table.fieldnames = [name.strip() for name in table.fieldnames or []]
-                if twice := [x for x in header if x and header.count(x) > 1]:
-                    raise ValueError(f"the column {twice[0]!r} twice")
-            for row in table:
-                if any(row.pop(None, [])):  # cells beyond the header
+    try:  # bytes that are no UTF-8 become surrogates, which `check_rows` finds; no byte order mark
+        with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+            csv.field_size_limit(1 << 24)  # characters in a cell
+            table = csv.reader(file, strict=True, skipinitialspace=True) if kind == ".csv" else file
+            header = [name.strip() for name in next(table, [])] if kind == ".csv" else []
+            if twice := [x for x in header if x and header.count(x) > 1]:
+                raise ValueError(f"the column {twice[0]!r} twice")
+            for number, row in enumerate(table, 1 + (kind == ".csv")):
+                if not "".join(row).strip():  # a blank row
+                    continue
+                if any(row[len(header) :]) and header:
                     raise ValueError("more cells than columns: put texts with commas in quotes")
-                rows.append(row | {"place": f"{path}, row {len(rows) + 1 + (kind == '.csv')}"})
-    except (ValueError, TypeError, AttributeError, RecursionError, csv.Error) as error:
-        place = f"{path}, row {len(rows) + 1 + (kind == '.csv')}"
-        raise ValueError(f"{place}: {error} (it takes UTF-8; a .jsonl, JSON objects)") from None
+                row = dict(zip(header, row)) if header else json.loads(row)
+                rows.append(row | {"place": f"{path}, row {number}"})
+    except Exception as error:  # a damaged file can fail in any way
+        raise ValueError(f"{path}, row {number or 1}, or behind it: {error} (a .csv has a header, "
+                         "a .jsonl JSON objects)") from None
     return check_rows(rows, path, task)
 
 
 def check_rows(rows: list[dict], source, task) -> list[dict]:
     """The rows with the task's columns (optional ones in every row or in none) and `place`. Numbers
     become texts, 1.0 like 1. Raises ValueError with the row and the column where one is empty."""
+    if not rows:
+        raise ValueError(f"{source} has no rows, with columns {', '.join(task.columns)}")
     there = dict.fromkeys(name for row in rows for name in row if name != "place")
     used = [name for name in (*task.columns, *task.optional) if name in there]
     for name in task.columns:
@@ -435,21 +452,44 @@ def check_rows(rows: list[dict], source, task) -> list[dict]:
     for row, name in itertools.product(rows, used):
         value = row.get(name)
         if isinstance(value, (int, float)) and value == value:  # NaN, which is not, says nothing
-            value = json.dumps(value).removesuffix(".0")  # 1.0 is the label 1
-        if not isinstance(value, str) or not value.strip():
-            raise ValueError(f"{row['place']}: the column {name!r} is empty, or no text")
-        row[name] = value.strip()
+            value = json.dumps(value).removesuffix(".0")
+        if not isinstance(value, str) or not value.strip() or re.search("[\ud800-\udfff]", value):
+            raise ValueError(f"{row['place']}: the column {name!r} is empty, or no UTF-8 text")
+        value = value.strip()
+        row[name] = re.sub(r"^(-?\d+)\.0+$", r"\1", value) if name == "label" else value  # 1.0: 1
     return [{name: row[name] for name in (*used, "place")} for row in rows]
 
 
-class Examples:
+class Batches:
+    """Rows of different lengths, in batches of about equal length: so little is padded."""
+
+    def __init__(self, lengths):
+        self.lengths = np.asarray(lengths)  # (n,)
+
+    def chosen(self, run, step: int) -> np.ndarray:
+        """The rows of a step, at most batch_size * grad_accum, which depend on (seed, step) alone.
+        An epoch takes each once."""
+        size = run.batch_size * run.grad_accum
+        epoch, number = divmod(step, math.ceil(len(self.lengths) / size))  # number: of the batch
+        return self.epoch(size, run.seed, epoch)[number]
+
+    @functools.lru_cache(2)
+    def epoch(self, size: int, seed: int, epoch: int) -> list[np.ndarray]:
+        """All rows in batches of at most `size`, in random order."""
+        generator = np.random.default_rng((seed, epoch))
+        order = np.argsort(self.lengths * generator.uniform(0.9, 1.1, len(self.lengths)))
+        batches = [order[i] for i in spread(len(order), size)]
+        return [batches[i] for i in generator.permutation(len(batches))]
+
+
+class Examples(Batches):
     """Rows and their encoded form, encode(row) -> a dict with its `length`; and batches of them."""
 
     def __init__(self, rows: list[dict], encode):
         self.rows, self.encoded = rows, [encode(row) for row in rows]
         if not rows:
             raise ValueError("no examples are left to learn from, or to hold out")
-        self.lengths = np.array([example["length"] for example in self.encoded])
+        super().__init__([example["length"] for example in self.encoded])
 
     def describe(self, held_out: "Examples") -> str:
         """What there is to learn from, for the first line of the log."""
@@ -457,18 +497,8 @@ class Examples:
                 f"from, {len(held_out.rows):,} held out")
 
     def batch(self, run, step: int) -> list[dict]:
-        """The examples of a step, which depend on (seed, step) alone. An epoch takes each once."""
-        size = run.batch_size * run.grad_accum
-        epoch, number = divmod(step, math.ceil(len(self.rows) / size))  # number: of the batch
-        return [self.encoded[i] for i in self.epoch(size, run.seed, epoch)[number]]
-
-    @functools.lru_cache(2)
-    def epoch(self, size: int, seed: int, epoch: int) -> list[np.ndarray]:
-        """All rows in batches of at most `size`, of about equal length: so little is padded."""
-        generator = np.random.default_rng((seed, epoch))
-        order = np.argsort(self.lengths * generator.uniform(0.9, 1.1, len(self.rows)))
-        batches = [order[i] for i in spread(len(order), size)]
-        return [batches[i] for i in generator.permutation(len(batches))]
+        """The examples of a step."""
+        return [self.encoded[i] for i in self.chosen(run, step)]
 
     def in_order(self, size: int):
         """Yield all examples in lists of at most `size`, the shortest first."""
@@ -485,32 +515,19 @@ def pad(rows: list, fill: int) -> torch.Tensor:
     return torch.from_numpy(padded)
 
 
-def words_of(text: str) -> list[str]:
-    """The words of a text as they are compared: in lower case, without punctuation."""
-    return re.findall(r"\w+", text.lower())
-
-
-def f1(common: int, written: int, truth: int) -> float:
-    """F1 of `common` words out of so many written and so many true: 2 p r / (p + r)."""
-    return 2 * common / (written + truth) if written + truth else 1.0
-
-
-def token_f1(written: str, truth: str) -> float:
-    """How far the words are the same, in any order (Rajpurkar et al. 2016, 6.1)."""
-    ours, theirs = Counter(words_of(written)), Counter(words_of(truth))
-    return f1((ours & theirs).total(), ours.total(), theirs.total())  # & keeps the smaller counts
-
-
-def rouge_l(written: str, truth: str) -> float:
-    """How far the words are the same, in order: by the longest series of words that both have, with
-    gaps allowed (Lin 2004, 3.1; F1 as in its usual implementation)."""
-    ours, theirs = words_of(written), words_of(truth)
-    longest = [0] * (len(theirs) + 1)  # of what was read of `ours` and theirs[:j]
+def word_overlap(written: str, truth: str) -> dict[str, float]:
+    """How far the words are the same, as F1 = 2 common / (written + true). token_f1: in any order,
+    without articles (Rajpurkar et al. 2016, 6.1); rouge_l: in order, the longest series of words
+    that both have, gaps allowed (Lin 2004, 3.1). Case and punctuation do not count."""
+    ours, theirs = (re.findall(r"\w+", text.lower()) for text in (written, truth))
+    longest = [0] * (len(theirs) + 1)  # common to what was read of `ours`, and theirs[:j]
     for word in ours:
         before, longest = longest, [0]
         for j, other in enumerate(theirs):
             longest.append(before[j] + 1 if word == other else max(before[j + 1], longest[j]))
-    return f1(longest[-1], len(ours), len(theirs))
+    a, b = (Counter(words) - Counter(a=99, an=99, the=99) for words in (ours, theirs))
+    return dict(token_f1=2 * (a & b).total() / max(a.total() + b.total(), 1),  # &: the smaller
+                rouge_l=2 * longest[-1] / max(len(ours) + len(theirs), 1))
 
 
 # 4. Weight files: published models come in, ours go out -------------------------------------------
@@ -526,12 +543,10 @@ def pretrained_folder(name_or_folder) -> Path:
     name, folder = str(name_or_folder), Path(name_or_folder)
     if (folder / "config.json").exists():
         return folder
-    if folder.is_dir():
-        raise ValueError(f"{name} holds no run (ckpt.pt) and no published model (config.json)")
-    if folder.parent != Path() and folder.parent.is_dir():  # no model on the hub is meant
-        raise ValueError(f"there is no {name}: {folder.parent} has nothing of that name")
-    if not re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", name, re.ASCII):
-        raise ValueError(f"{name} is neither a folder nor a model's name, like gpt2")
+    near = folder.is_dir() or folder.parent != Path() and folder.parent.is_dir()  # not the hub's
+    if near or not re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", name, re.ASCII):
+        raise ValueError(f"{name} holds no run (ckpt.pt) and no published model (config.json), and "
+                         "is no name of one, like gpt2")
     folder = cache_folder() / "hub" / name.replace("/", "--")
     if (folder / "complete").exists():  # then no network is needed
         return folder
@@ -668,6 +683,9 @@ def save_tokenizer(tokenizer, folder, template: list[str], **config) -> None:
     """Write FOLDER/tokenizer.json and tokenizer_config.json for AutoTokenizer. template: what
     stands around texts A and B, as ["[CLS]", "A", "[SEP]", "B", "[SEP]"], unless it has one."""
     content = tokenizer.to_json()
+    for token in content["added_tokens"] if content["model"]["type"] == "BPE" else []:
+        if re.fullmatch(r"\[MASK\]|<extra_id_\d+>", token["content"]):
+            token["lstrip"] = True  # as in our prompts, a gap takes the space before it
     if not content["post_processor"] and len(template) > 1:
         n = template.index("B") if "B" in template else len(template)  # B and what follows: type 1
         steps = [{"Sequence" if x in "AB" else "SpecialToken": dict(id=x, type_id=int(i >= n))}
@@ -694,10 +712,11 @@ class Log:
         self.run, self.path, self.rows = run, Path(run.out_dir) / "log.jsonl", []
         self.pending = [(torch.tensor(loss), n) for loss, n in state["pending"]] if state else []
         self.step = begin = state["step"] if state else 0  # of the last line
-        self.guess = math.log(model.config.vocab_size)  # the loss of a blind guess
+
         if begin and self.path.exists():  # (a line that a crash cut short has no end)
-            lines = self.path.read_text("utf-8").rpartition("\n")[0].splitlines()
-            self.rows = [row for row in map(json.loads, lines) if row["step"] <= begin]
+            lines = self.path.read_text("utf-8", "replace").rpartition("\n")[0].splitlines()
+            rows = (json.loads(line) for line in lines if re.fullmatch(r'\{.*"step": .*\}', line))
+            self.rows = [row for row in rows if row["step"] <= begin]
         if ranks()[0] == 0:
             with replacing(self.path, "w") as file:
                 file.writelines(json.dumps(row) + "\n" for row in self.rows)
@@ -723,13 +742,10 @@ class Log:
         """(loss, tokens) of the steps since the last line. Raises ValueError if one diverged."""
         losses = [(float(loss), tokens) for loss, tokens in (*self.pending, *more)]
         if not math.isfinite(sum(loss for loss, _ in losses)):
-            self.diverged(f"the loss became {losses[-1][0]} by step {self.step + len(losses)}")
+            raise ValueError(f"the loss is {losses[-1][0]} at step {self.step + len(losses)}: "
+                             f"{self.run.out_dir} keeps the last good checkpoint. Try half the "
+                             "--lr and --matrix_lr, a longer --warmup_steps, or --dtype float32")
         return losses
-
-    def diverged(self, what: str):
-        """Raises ValueError: what was seen, what is left, what to try."""
-        raise ValueError(f"{what}; {self.run.out_dir} keeps the last good checkpoint. Try half the "
-                         "--lr and --matrix_lr, a longer --warmup_steps, or --dtype float32")
 
     def report(self, step: int, rate: float) -> None:
         """Write and show the mean loss since the last line. rate: the share of the highest --lr."""
@@ -738,14 +754,13 @@ class Log:
         speed, left = sum(tokens) / seconds, (self.run.max_steps - step) * seconds / len(losses)
         self.step, self.pending, loss = step, [], sum(losses) / len(losses)
         self.write(step=step, loss=loss, lr=rate * self.run.lr, tokens_per_second=round(speed))
-        recent = [row["loss"] for row in self.rows if row["step"] > step - 30 and "loss" in row]
-        if step >= self.run.warmup_steps + 30 and min(recent) > self.guess + 1:
-            self.diverged(f"the loss was above a blind guess, {self.guess:.1f}, up to step {step}")
+
         say(f"step {step}/{self.run.max_steps}  loss {loss:.3f}  {speed:,.0f} tokens/s  "
             f"{left // 60:.0f}:{left % 60:02.0f} left ", end="\r" if sys.stderr.isatty() else "\n")
 
-    def evaluated(self, step: int, found: dict, sample: str) -> None:
-        """Write and show what an evaluation found, and a sample; redraw the chart."""
+    def evaluated(self, step: int, found: dict, sample: str, worse: int) -> None:
+        """Write and show what an evaluation found, and a sample; redraw the chart. worse: so many
+        evaluations in a row had no lower val_loss than one before."""
         self.checked((found["val_loss"], 0))  # no best.pt of a lost run
         self.write(step=step, **found)
         figures = "  ".join(f"{name} {value:.4f}" for name, value in found.items())
@@ -755,6 +770,8 @@ class Log:
         if ranks()[0] == 0:
             with replacing(self.path.with_name("loss.svg"), "w") as file:
                 file.write(line_chart(curves, f"{self.run.out_dir}: loss, {step} steps"))
+        if 0 < self.run.patience <= worse:
+            say(f"no lower val_loss in {worse} evaluations: stopped; best.pt has the lowest")
         self.since = time.monotonic()
 
 
@@ -793,7 +810,7 @@ def save(run, name: str, task, model, **state) -> None:
     """Write a checkpoint: tensors and plain types only. The old one stays until it is whole."""
     if ranks()[0] == 0:
         state |= dict(kind=type(task).__name__, task=asdict(task), config=asdict(model.config),
-                      run=asdict(run), model=model.state_dict())
+                      run=asdict(run), about=task.description, model=model.state_dict())
         with replacing(Path(run.out_dir) / name) as file:
             torch.save(state, file)
 
@@ -913,7 +930,12 @@ def hint(word: str, known) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-source_of = functools.cache(inspect.getsource)  # (which parses the whole file each time)
+@functools.cache
+def source_of(cls) -> str:
+    """The source text of a class; "" where it was not shipped. (getsource parses a whole file.)"""
+    with contextlib.suppress(OSError):
+        return inspect.getsource(cls)
+    return ""
 
 
 def boolean(text: str) -> bool:
@@ -934,7 +956,7 @@ def add_flags(parser, cls, names, defaults: dict) -> None:
         if (default := defaults.get(option.name)) not in (None, ""):
             notes.append(f"default {json.dumps(default).strip(chr(34))}")
         if option.metadata.get("flag", True) and (names is None or option.name in names):
-            text = helps[option.name] + (f" ({'; '.join(notes)})" if notes else "")
+            text = helps.get(option.name, "") + (f" ({'; '.join(notes)})" if notes else "")
             group.add_argument(f"--{option.name}", default=argparse.SUPPRESS, metavar="", type=kind,
                                choices=choices, help=text.replace("%", "%%"))
 
@@ -975,8 +997,9 @@ def parse_command(module, arguments: list[str]):
     read = read_object(config) if config else {}  # names are checked here, values by the classes
     if odd := read.keys() - options.keys():
         raise ValueError(f"{config}: there is no setting {min(odd)}")
-    given = presets.get(preset, {}) | read | given  # the later wins
-    return function, defaults | given, given
+    given, sizes = read | given, presets.get(preset, {})
+    rates = module.ADAMW if given.get("optimizer") == "adamw" else {}
+    return function, defaults | sizes | rates | given, sizes | given  # the later wins
 
 
 # 8. The commands. `module` is gpt, bert or t5: the file that was started --------------------------
@@ -984,7 +1007,7 @@ def parse_command(module, arguments: list[str]):
 WHICH = "out_dir init_from device dtype seed".split()  # the fields of Run that all commands have
 TRAIN = [option.name for option in fields(Run) if option.name != "to"]
 LEAST = {option.name: 0 for option in fields(Run) if option.type in (int, float)}
-LEAST |= dict(max_steps=1, batch_size=1, grad_accum=1, log_interval=1)
+LEAST |= dict(max_steps=1, batch_size=1, grad_accum=1, log_interval=1, seed=(0, 2**31))
 
 
 def commands_of(module) -> dict[str, tuple]:
@@ -993,7 +1016,8 @@ def commands_of(module) -> dict[str, tuple]:
     sizes = [(module.Config, None), (module.Pretraining, None), (Run, TRAIN)]
     which = dict(out_dir=own, init_from="", data="")
     tuned = dict(kind=module.Finetuning, out_dir=f"{own}-finetuned", init_from=own, data="",
-                 log_interval=20, patience=3, dropout=None, **module.FINETUNING["laptop"])
+                 log_interval=20, eval_interval=0, patience=3, dropout=None,
+                 **module.FINETUNING["laptop"])
     commands = dict(
         train=(train_command, sizes, first | dict(out_dir=own, kind=module.Pretraining)),
         finetune=(train_command, [(module.Finetuning, None), (Run, TRAIN),
@@ -1013,13 +1037,17 @@ def commands_of(module) -> dict[str, tuple]:
 def run_command(module, arguments: list[str]) -> int:
     """Run a command. Returns the exit status: 0 done, 2 a mistake, or no memory or compiler (a line
     says which), 130 Ctrl-C. Other errors are the code's, and are raised."""
-    for stream in sys.stdout, sys.stderr:
+    for name in "stdin", "stdout", "stderr":
+        stream = getattr(sys, name) or open(os.devnull, "r+")  # closed: `<&-`
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # where the terminal has no such character
+        setattr(sys, name, stream)
     try:
         function, settings, given = parse_command(module, arguments)
         module.check(build(Run, settings), **LEAST)
-        return function(module, settings, given)
+        status = function(module, settings, given)
+        sys.stdout.flush()  # may fail, too
+        return status
     except KeyboardInterrupt:
         say("", "interrupted")
         return 130
@@ -1032,7 +1060,7 @@ def run_command(module, arguments: list[str]) -> int:
         message = str(error)[:200]
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             message = f"leave out --compile, or install a compiler: {message}"
-        elif isinstance(error, MemoryError) or re.search("allocate|out of memory", message):
+        elif isinstance(error, MemoryError) or re.search("allocat|of memory|abruptly", message):
             message = f"not enough memory, take a smaller --batch_size or model: {message}"
         else:
             raise
@@ -1072,7 +1100,7 @@ def load_published(module, folder: Path) -> tuple:
     """(model, state) of a published model."""
     found, weights = read_object(folder / "config.json"), stored_weights(folder).items()
     for key, value in module.FIXED.items():
-        if found.get(key, value) != value:
+        if found.get(key) not in (None, value):
             raise ValueError(f"{key} is {found[key]} instead of {value}")
     weights = {module.published_name(name): tensor for name, tensor in weights}
     model = module.Model(module.from_published(found, weights))
@@ -1085,10 +1113,12 @@ def load_published(module, folder: Path) -> tuple:
     if labels := getattr(model.config, "n_labels", 0):  # a BERT, fine-tuned here or elsewhere
         names = found.get("id2label", {})
         names = [names.get(str(i), f"LABEL_{i}") for i in range(labels)]
-        task |= dict(kind="Finetuning", labels=names)
+        task = dict(pairs=None) | task | dict(kind="Finetuning", labels=names)
     readable = any((folder / files[0]).exists() for files in VOCABULARIES)
-    return model, dict(step=0, run={}, task=build(getattr(module, task["kind"]), task),
-                       tokenizer=Tokenizer.from_pretrained(folder) if readable else None)
+    return model, dict(
+        step=0, run={}, task=build(getattr(module, task["kind"]), task),
+        headless=headless and task["kind"] == "Pretraining" and module.HEAD != "$^",
+        tokenizer=Tokenizer.from_pretrained(folder) if readable else None)
 
 
 def never_write(module, model, tokenizer) -> None:
@@ -1104,6 +1134,8 @@ def load(module, settings: dict) -> tuple:
     """(model, task, state, run): what --init_from or --out_dir names, ready to be used."""
     run = build(Run, settings)
     model, state = open_model(module, run.init_from or run.out_dir, ready=True)
+    if state.get("headless"):
+        raise ValueError(f"{run.init_from} has no head for tokens: finetune it, or train it on")
     state["task"].open(run, model.config, state["tokenizer"])
     torch.manual_seed(run.seed)  # of first weights, of what is drawn
     return model.to(machine(run)[0]).eval(), state["task"], state, run
@@ -1129,6 +1161,9 @@ def train_command(module, settings: dict, given: dict) -> int:
     if not state:
         config = replace(config, vocab_size=tokenizer.vocab_size)
     config = task.open(run, config, tokenizer, source)
+    if resuming and (state["about"], state["task"]) != (task.description, task):
+        say("the data, or what is asked about it, is not as before: a new best begins")
+        state["best"], state["worse"] = math.inf, 0  # losses on other data do not compare
     epoch = math.ceil(task.rows / (run.batch_size * run.grad_accum))  # in steps
     run.max_steps = max(math.ceil(run.epochs * epoch), 1) if run.epochs else run.max_steps
     run.eval_interval, run.epochs = run.eval_interval or epoch, 0.0
@@ -1145,7 +1180,9 @@ def train_command(module, settings: dict, given: dict) -> int:
     if ranks()[0] == 0:
         write_settings(folder, config, task, run, new=not resuming)
     finished = module.train(run, task, learner.to(device), state if resuming else None)
-    again = ("generate", "eval") if finished else ("finetune " * tuning + "--init_from resume",)
+    two = ' --prompt "A" --prompt_b "B"' if getattr(task, "pairs", False) else ""
+    again = ("generate" + two, "eval") if finished else (
+        "finetune " * tuning + "--init_from resume",)
     say("", f"{folder} has the checkpoints, log.jsonl and loss.svg. Go on with:", *(
         f"  python {module.NAME}.py {it} --out_dir {shlex.quote(str(folder))}" for it in again))
     return 0 if finished else 130
@@ -1155,9 +1192,10 @@ def take_over(module, kind, model, state: dict, settings: dict, given: dict) -> 
     """The settings of a run that begins with a model (its sizes) or goes on (all). ValueError where
     those given do not fit."""
     fixed, run = asdict(model.config), {}  # what cannot change; what was set before
-    if kind is module.Finetuning and model.config.n_embd >= 512:
-        run = module.FINETUNING["published"]
-    if resuming := settings["init_from"] == "resume":
+    if kind is module.Finetuning:
+        run |= module.FINETUNING["published"] if model.config.n_embd >= 512 else {}
+        run |= {} if settings["data"] else module.FINETUNING["stories"]
+    if settings["init_from"] == "resume":
         if type(state["task"]) is not kind:
             raise ValueError(f"{settings['out_dir']} is of another command, {state['kind']}")
         run = asdict(state["task"]) | state["run"]
@@ -1165,11 +1203,8 @@ def take_over(module, kind, model, state: dict, settings: dict, given: dict) -> 
     for name in given.keys() & fixed.keys() - {"dropout"}:  # dropout is no weight
         if given[name] != fixed[name]:
             raise ValueError(f"leave out --{name} {given[name]}: the checkpoint has {fixed[name]}")
-    settings |= fixed | run | given | {name: settings[name] for name in ("init_from", "out_dir")}
-    if resuming and (settings["data"], build(kind, settings)) != (run["data"], state["task"]):
-        say("the data, or what is asked about it, is not as before: a new best begins")
-        state["best"], state["worse"] = math.inf, 0  # losses on other data do not compare
-    return settings
+    own = {name: settings[name] for name in ("init_from", "out_dir")}
+    return settings | fixed | run | given | own
 
 
 def open_source(module, task, run, config, tokenizer):
@@ -1231,9 +1266,10 @@ def eval_command(module, settings: dict, given: dict) -> int:
     tuned = type(task) is module.Finetuning
     learned = state["run"].get("data", "" if tuned else "input.txt")
     run.data = run.data or learned
-    source = open_source(module, task, run, model.config, state["tokenizer"])
-    if tuned and run.data != learned and Path(run.data).is_file():
-        source[1].extend(source[0])  # all of it is new to the model
+    if tuned and Path(run.data).is_file() and Path(run.data).resolve() != Path(learned).resolve():
+        source = [read_table(Path(run.data), task)] * 2  # all of it is new to the model
+    else:
+        source = open_source(module, task, run, model.config, state["tokenizer"])
     task.open(run, model.config, state["tokenizer"], source)
     say(f"{run.data or 'the stories of input.txt'}, {task.description}")
     found = module.evaluate(model, task, run.batch_size, machine(run)[2])

@@ -117,10 +117,12 @@ PRESETS = {  # sizes, and what goes with them in training; the first is the defa
     "t5-v1_1-base": dict(vocab_size=32128, n_layer=12, n_head=12, n_embd=768, n_ff=2048,
                          act="gated-gelu", tie=False, block_size=512),
 }
-FINETUNING = {  # "published" is for models 512 wide and more
-    "laptop": dict(epochs=6.0, batch_size=16, optimizer="adamw", lr=0.002, eval_interval=0),
+ADAMW = dict(lr=0.001, warmup_steps=100)  # what --optimizer adamw takes, for all weights
+FINETUNING = {
+    "laptop": dict(epochs=6.0, batch_size=16, optimizer="adamw", lr=0.002),
     "published": dict(epochs=3.0, batch_size=8, optimizer="adamw", lr=1e-4, warmup_steps=50,
-                      weight_decay=0.01, eval_interval=0, drop_prob=0.0),
+                      weight_decay=0.01),  # for models 512 wide and more
+    "stories": dict(drop_prob=0.5),  # without --data
 }
 
 # 3. Layers, from the bottom up --------------------------------------------------------------------
@@ -684,16 +686,13 @@ class Pretraining:
     def corrupt(self, tokens, noise) -> tuple:
         """Cut the noise out of tokens, both (length,) -> src: the text with a sentinel for each
         span; tgt: each sentinel and the tokens it stands for. Both end in </s>."""
-        end, marks, src, tgt = [self.config.eos_id], iter(self.sentinels), [], []
-        borders = np.flatnonzero(np.diff(noise)) + 1  # where text and spans change
-        for piece, first in zip(np.split(tokens, borders), (0, *borders)):
-            if noise[first]:
-                mark = [next(marks)]
-                src.append(mark)
-                tgt += [mark, piece]
-            else:
-                src.append(piece)
-        return np.concatenate((*src, end)), np.concatenate((*tgt, end))
+        begins = noise & ~np.concatenate(([False], noise[:-1]))  # the first token of each span
+        marks = self.sentinels[: begins.sum()]
+        src, tgt = tokens.copy(), tokens[noise]
+        src[begins] = marks
+        tgt = np.insert(tgt, np.flatnonzero(begins[noise]), marks)  # each before its span
+        end = self.config.eos_id
+        return np.append(src[begins | ~noise], end), np.append(tgt, end)
 
     def make(self, part: str, begins, draw) -> dict:
         """A batch, see `pad_sources`, of the windows of a part that begin at these tokens of text.
@@ -791,7 +790,7 @@ class Finetuning:
 
     task_prefix: str = ""  # what stands before each source
     source_length: int = 512  # tokens of a source that are kept, </s> included
-    drop_prob: float = 0.5  # share of a source's tokens that are left out in training, by chance
+    drop_prob: float = 0.0  # share of a source's tokens that are left out in training, by chance
     target_length: int = 128  # tokens of a target that are kept, and written at most
     beams: int = 1  # how many beginnings are followed at once where targets are written to compare
 
@@ -851,7 +850,7 @@ class Finetuning:
     def loss(self, model: Model, batch: dict):
         """The mean loss, and in evaluation how far what the model writes is the target: exact
         matches, and means over examples of token_f1 and rouge_l."""
-        from data import rouge_l, token_f1
+        from data import word_overlap
 
         loss = model(batch["src"], batch["tgt"], batch.get("src_mask"))[1]
         if model.training:
@@ -860,9 +859,8 @@ class Finetuning:
                                  src_mask=batch.get("src_mask"))
         written, truth = ([plain_text(row, self.tokenizer, self.config) for row in rows.tolist()]
                           for rows in (targets, batch["tgt"].clamp(min=self.config.pad_id)))
-        measures = dict(exact_match=str.__eq__, token_f1=token_f1, rouge_l=rouge_l)
-        return loss, {name: (float(sum(map(measure, written, truth))), len(truth))
-                      for name, measure in measures.items()}
+        found = [dict(exact_match=a == b) | word_overlap(a, b) for a, b in zip(written, truth)]
+        return loss, {name: (sum(float(x[name]) for x in found), len(found)) for name in found[0]}
 
     def answer(self, model: Model, options: GenerateConfig):
         """Yield the target for a source."""
@@ -938,10 +936,14 @@ def from_published(found: dict, names) -> Config:
     pad_id = found.get("pad_token_id", 0)
     if found.get("decoder_start_token_id", pad_id) != pad_id:
         raise ValueError("decoder_start_token_id is not pad_token_id")
+    act, acts = found.get("feed_forward_proj", "relu"), {"relu": "relu", "gated-gelu": "gelu_new"}
+    if act not in acts or found.get("dense_act_fn", acts[act]) != acts[act]:
+        raise ValueError(f"feed_forward_proj is {act}, with dense_act_fn "
+                         f"{found.get('dense_act_fn')}: it can be one of {', '.join(acts)}")
     return Config(
         found["vocab_size"], found["num_layers"], found["num_heads"], found["d_model"],
         n_ff=found["d_ff"], head_dim=found["d_kv"], dropout=found.get("dropout_rate", 0.1),
-        act=found.get("feed_forward_proj", "relu"),
+        act=act,
         tie="lm_head.weight" not in names or (said and not newer),
         scale_head=found["scale_decoder_outputs"] if newer else said,
         n_buckets=found["relative_attention_num_buckets"],
@@ -1129,11 +1131,11 @@ def train(run, task, model: Model, state: dict | None = None) -> bool:
                 log.report(step, schedule(step - 1, run))
             if evaluating:
                 found = evaluate(model, task, run.batch_size, autocast, most=1 << 20)
-                with autocast:
-                    sample = task.demonstrate(model, 400 if step == run.max_steps else 40)
-                log.evaluated(step, found, sample)
                 worse = 0 if found["val_loss"] < best else worse + 1
                 best = min(best, found["val_loss"])
+                with autocast:
+                    sample = task.demonstrate(model, 400 if step == run.max_steps else 40)
+                log.evaluated(step, found, sample, worse)
                 if worse == 0:
                     checkpoint("best.pt")
                 checkpoint("ckpt.pt")

@@ -976,14 +976,14 @@ def test_bert_s_pairs_and_masks_are_the_paper_s(kind):
     are asked for; of these 8 in 10 are masked, 1 is replaced, 1 as it was; never special ones."""
     tok, (path, (documents, _)) = byte_tokenizer(bert), strange_text(bert, kind)
     task, _ = opened(bert.Pretraining(), bert, path, config=tiny_config(bert, block_size=64),
-                     batch_size=24)
+                     batch_size=8)
     seen, lengths, a_lengths, fate = set(), [], [], collections.Counter()
     special = torch.tensor(list(tok.special.values()))
-    for step in range(40):
+    for step in range(140):
         batch = task.batch(step)
         idx, labels = batch["idx"], batch["mlm_labels"]
         (rows, T), mask = idx.shape, batch.get("mask", torch.ones_like(idx) == 1)
-        assert rows == 24 and batch["nsp_labels"].sum() * 2 == rows and T <= 64
+        assert rows <= 8 and batch["nsp_labels"].sum() <= (rows + 1) / 2 and T <= 64
         lengths.append(T)
         hidden, masked = labels != -100, idx == tok.special["[MASK]"]
         assert hidden.any(dim=1).all() and not torch.isin(labels[hidden], special).any()
@@ -1005,12 +1005,30 @@ def test_bert_s_pairs_and_masks_are_the_paper_s(kind):
                 assert kind == "stream" or not set(a) & set(second)
             seen |= set(a + second)
             a_lengths += [len(a)] * (T == 64)
-    assert 1 <= sum(T < 64 for T in lengths) <= 12 and fate["foreign"] > 400  # some are shorter
+    assert 5 <= sum(T < 64 for T in lengths) and fate["foreign"] > 400  # some are shorter
     assert seen == set("".join(documents))
     assert min(a_lengths) < 14 and max(a_lengths) > 46 and np.std(a_lengths) > 8
     assert abs(fate["hidden"] / fate["ordinary"] - 0.15) < 0.02  # (at least one in a short row)
     assert abs(fate["masked"] / fate["hidden"] - 0.8) < 0.02
     assert abs(fate["kept"] / fate["hidden"] - 0.1) < 0.015
+
+
+def test_of_bert_s_pairs_b_alone_does_not_tell_which(stories):
+    """Neither its length nor where it stands in its document: for stories, and for sentences."""
+    text = re.sub(rf"(?<=[.!?])\s+|{re.escape(END)}", END, Path(stories).read_text())
+    for source in stories, put("sentences.txt", text):
+        task, _ = opened(bert.Pretraining(), bert, source, batch_size=32,
+                         config=tiny_config(bert, block_size=128))
+        documents = f"{END}{Path(source).read_text()}{END}"
+        facts = {0: [], 1: []}
+        for batch in (*map(task.batch, range(40)), *task.eval_batches(32)):
+            for row, labels, foreign in zip(*(batch[x].tolist() for x in (
+                    "idx", "mlm_labels", "nsp_labels"))):
+                b = taken_apart(row, labels, byte_tokenizer(bert))[1]
+                facts[foreign].append((len(b), b + END in documents, END + b in documents))
+        true, foreign = (np.array(facts[label], float) for label in (0, 1))
+        assert abs(len(true) - len(foreign)) < 0.05 * len(true)
+        assert np.allclose(true.mean(axis=0), foreign.mean(axis=0), rtol=0.06, atol=0.03)
 
 
 T5_SENTINELS = range(2, 102)
@@ -1406,7 +1424,7 @@ def examples_for(script, n=40) -> str:
 
 def target_length(script) -> list[str]:
     """T5 writes at each evaluation: let it write little."""
-    return ["--target_length", "4"] if script is t5 else []
+    return ["--target_length", "6"] if script is t5 else []
 
 
 def scores(pairs: list[tuple[str, str]]) -> dict[str, float]:
@@ -1414,11 +1432,12 @@ def scores(pairs: list[tuple[str, str]]) -> dict[str, float]:
     exact = f1 = rouge = 0
     for answer, truth in pairs:
         a, b = (re.findall(r"\w+", text.lower()) for text in (answer, truth))
-        common = sum(min(a.count(word), b.count(word)) for word in set(a))
+        c, d = ([word for word in words if word not in ("a", "an", "the")] for words in (a, b))
+        common = sum(min(c.count(word), d.count(word)) for word in set(c))
         longest = max(n for n in range(len(a) + 1) for series in itertools.combinations(a, n)
                       if any(series == other for other in itertools.combinations(b, n)))
         exact += answer == truth
-        f1 += 2 * common / (len(a) + len(b))
+        f1 += 2 * common / (len(c) + len(d))
         rouge += 2 * longest / (len(a) + len(b))
     return {name: total / len(pairs) for name, total in dict(
         exact_match=exact, token_f1=f1, rouge_l=rouge).items()}
@@ -1447,7 +1466,7 @@ def test_fine_tuning_learns_to_answer_and_eval_compares_the_answers(script, trai
         assert len(shares) == 2 and shares[0] >= 50 >= shares[1]
     # Another table is evaluated whole; some of its truths are not what the model says.
     truths = dict(gpt=[], bert=["cat", "dog", "cat", "cat", "dog"],
-                  t5=["cat", "dog", "the cat", "A cat. Cat!", "cat, cat dog"])[script.NAME]
+                  t5=["cat", "dog", "the cat", "A cat", "cat, dog"])[script.NAME]
     other = put("other.csv", "\n".join([EXAMPLES[script.NAME][0], *(
         f'{EXAMPLES[script.NAME][1].format("cat")[:-4]},"{truth}"' for truth in truths)]))
     found = truths and figures(script, capsys, "eval", "--out_dir", "a", "--data", other)
