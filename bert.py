@@ -20,18 +20,14 @@ for the pair, and after fine-tuning for labels. No text is generated; BERT is fo
     python bert.py generate --prompt "The cat sat on the [MASK]."     fill what is hidden
     python bert.py eval                             how many hidden tokens and pairs it gets right
     python bert.py finetune                         learn to tell what a story is about
-    python bert.py finetune --data texts.csv        or your texts and labels; --data imdb
-    python bert.py bench                            how fast this machine is at it
     python bert.py generate --init_from bert-base-uncased    the published weights (or a folder)
-    python bert.py export --to FOLDER               what was trained, for transformers
-    python bert.py --help                           every flag
+    python bert.py --help                           every command and flag
 
 The lesson of this file is how to leave the plateau, on which the loss of a BERT that is trained
-from scratch may stay for hours: see `BERT.init_attention`. It reads from top to bottom: 1 this
-page, 2 the configuration, 3 layers, 4 the model, 5 pretraining, 6 fine-tuning, 7 published weights,
-9 training (8 is GPT's alone). Copied alone into a project, it still gives `from bert import BERT,
-BERTConfig`; its commands need bpe.py (tokenizers) and data.py (files, flags, log) beside it. To
-learn, change things: `--pos rotary` (which loss falls faster?), `--nsp false`, `--mask_prob 0.5`;
+from scratch may stay for thousands of steps: see `BERT.init_attention`. It reads from top to
+bottom: 1 this page, 2 the configuration, 3 layers, 4 the model, 5 pretraining, 6 fine-tuning, 7
+published weights, 9 training (8 is GPT's alone). Copied alone, it gives `BERT` and `BERTConfig`;
+its commands need bpe.py and data.py beside it. To learn, change: `--pos rotary`, `--nsp false`;
 leave `init_attention` out (when does mlm_loss leave 5.4?).
 
 Papers: Devlin et al. 2019, https://arxiv.org/abs/1810.04805 (BERT); Vaswani et al. 2017,
@@ -174,6 +170,24 @@ def rotate(x, turns):
     return torch.cat((left * cos - right * sin, left * sin + right * cos), dim=-1)
 
 
+def look_at(distance, query, key, base: float) -> None:
+    """Let heads begin by looking `distance` (nh,) tokens further, where positions are sinusoids
+    p(t) of this base. query, key (nh * hd, C): the weights of a block, which are set.
+
+    d tokens further, pair i of the numbers in p turns by the angle d / base^(2i / C) (Vaswani 3.5).
+    So if W_k is W_q with its pairs of columns turned by these angles, W_k p(t + d) = W_q p(t).
+    """
+    C, hd = query.size(1), len(query) // len(distance)
+    # A score sums C * hd products, and is divided by sqrt(hd): about 7 where query and key fit
+    # (5 or 6 with tokens mixed in: half of the weight lies within two tokens of t + d).
+    nn.init.normal_(query, std=(7 / C / hd**0.5) ** 0.5)
+    angle = distance.repeat_interleave(hd)[:, None] * base ** (-torch.arange(0, C - 1, 2) / C)
+    sine, cosine = query[:, 0 : C - 1 : 2], query[:, 1::2]  # (nh * hd, C / 2)
+    key.copy_(query)
+    key[:, 0 : C - 1 : 2] = sine * angle.cos() + cosine * angle.sin()
+    key[:, 1::2] = cosine * angle.cos() - sine * angle.sin()
+
+
 def padding_bias(mask):
     """mask (B, S) bool, True for a real token -> (B, 1, 1, S), to be added to scores: 0 or -inf."""
     bias = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask.bool(), -math.inf)
@@ -284,10 +298,13 @@ class BERT(nn.Module):
         self.apply(self.init_weights)
         self.init_attention()
         self.head.weight = self.token_embedding.weight
-        if config.n_labels and config.n_embd < 512:
-            # A head that begins near zero asks a small model's [CLS] for nothing: 300 steps pass
-            # before anything is learned. Large scores have to be put right by the layers below.
-            nn.init.normal_(self.label_head.weight, std=1.0)
+        if config.n_embd < 512:
+            # Heads that begin near zero ask a small model's [CLS] for nothing, for thousands of
+            # steps. Large scores have to be put right by the layers below.
+            for name, layer in self.named_children():
+                if name in ("pooler", "pair_head", "label_head"):
+                    std = config.n_embd**-0.5 if name == "pooler" else 1.0
+                    nn.init.normal_(layer.weight, std=std)
 
     @staticmethod
     def init_weights(module):
@@ -310,34 +327,22 @@ class BERT(nn.Module):
         With positions drawn at random, attention begins even over the whole sequence. A neighbour
         is then a 128th of what a token gets to see, and of what the gradient says: the model learns
         how often tokens occur (a loss of 5.4 at 1,024 types), and for thousands of steps no more.
-        The cure changes neither a shape nor a formula. Positions start as sinusoids p(t): there, d
-        steps further means that pair i of the numbers turns by the angle d / base^(2i / C)
-        (Vaswani, 3.5). So a head's map for queries W_q, its pairs of columns turned by the same
-        angles, is a map for keys W_k with W_k p(t + d) = W_q p(t): the query at t fits the key at
-        t + d. In the first block, the heads begin with d = -1, 1, -2, 2, ...; deeper blocks with an
-        even view of everything. All sublayers begin with an output of zero, so that positions
-        reach each block unharmed.
+        The cure changes neither a shape nor a formula. Positions begin as sinusoids, and the first
+        block's heads by looking at the tokens -1, 1, -2, 2, ... further (see `look_at`); deeper
+        blocks begin with an even view of everything. All sublayers begin with an output of zero, so
+        that positions reach each block unharmed.
         """
-        C, base = self.config.n_embd, self.config.block_size
-        hd = C // self.config.n_head
         for block in self.blocks:
             nn.init.zeros_(block.attn.proj.weight)
             nn.init.zeros_(block.mlp.down.weight)
         if self.config.pos == "learned":
             self.position_embedding.weight.copy_(self.first_positions())
-        query, key, _ = self.blocks[0].attn.qkv.weight.chunk(3)  # (C, C) each
-        # A score sums C * hd products, and is divided by sqrt(hd): about 7 where query and key fit
-        # (5 or 6 with tokens mixed in: half of the weight lies within two tokens of t + d).
-        nn.init.normal_(query, std=(7 / C / hd**0.5) ** 0.5)
-        head = torch.arange(self.config.n_head).repeat_interleave(hd)  # (C,)
+        head = torch.arange(self.config.n_head)
         distance = (head // 2 + 1) * (2 * (head % 2) - 1)  # -1, 1, -2, 2, ...: one for each head
         if self.config.pos == "rotary":
             distance = 0 * distance  # no positions in x: there a query looks for its like
-        angle = distance[:, None] * base ** (-torch.arange(0, C - 1, 2) / C)  # (C, C / 2)
-        key.copy_(query)
-        sine, cosine = query[:, 0 : C - 1 : 2], query[:, 1::2]
-        key[:, 0 : C - 1 : 2] = sine * angle.cos() + cosine * angle.sin()
-        key[:, 1::2] = cosine * angle.cos() - sine * angle.sin()
+        query, key, _ = self.blocks[0].attn.qkv.weight.chunk(3)  # (C, C) each
+        look_at(distance, query, key, self.config.block_size)
 
     def encode(self, idx, segments=None, mask=None, at=None):
         """idx (B, T) int64 -> hidden (B, T, C), or with `at` (N,), places b * T + t, only (N, C).
@@ -395,10 +400,16 @@ class BERT(nn.Module):
         token that was there, -100 where nothing is asked. nsp_labels (B,): 0 if B continues A."""
         return self.losses(idx, segments, mask, mlm_labels, nsp_labels)[0].sum()
 
-    def losses(self, idx, segments, mask, mlm_labels, nsp_labels=None):
+    def losses(self, idx, segments, mask, mlm_labels, nsp_labels=None, places=None):
         """-> the two means of `loss` (2,), or the first (1,); mlm_logits (N, V), targets (N,),
-        nsp_logits (B, 2). The head is computed for the N tokens that are asked for alone."""
-        at = (mlm_labels.flatten() != -100).nonzero()[:, 0]  # (N,)
+        nsp_logits (B, 2). The head is computed for the N tokens that are asked for alone: at their
+        places (B, M) in each row, where unused 0, which is [CLS]. (Only a GPU that has to look for
+        them keeps us waiting.)"""
+        if places is None:
+            at = (mlm_labels.flatten() != -100).nonzero()[:, 0]  # (N,)
+        else:
+            begin = torch.arange(len(idx), device=idx.device)[:, None] * idx.size(1)
+            at = (begin + places).flatten()
         mlm_logits, nsp_logits = self(idx, segments, mask, at)
         targets = mlm_labels.flatten()[at]  # (N,)
         means = [F.cross_entropy(mlm_logits.float(), targets)]
@@ -519,34 +530,36 @@ class Pretraining:
 
     @staticmethod
     def foreign(document, i: int, begin: int) -> int:
-        """Of rows with these documents, (n,), the first behind i + begin that is of another than
-        row i; or i where there is none."""
-        n = len(document)
-        behind = ((i + begin + j) % n for j in range(n))
+        """Of rows with these documents, (n,), the first behind row i + begin, around the end, that
+        is of another document than row i; or i."""
+        behind = ((i + begin + j) % len(document) for j in range(len(document)))
         return next((j for j in behind if document[j] != document[i]), i)
 
     def hide(self, ids, draw) -> tuple:
         """Choose tokens to ask for: mask_prob of a row's length, rounded, at least one. 8 in 10 of
         them become [MASK], 1 in 10 a random one, 1 in 10 stays (A.1): a text in use has no [MASK]
-        (3.1). ids (n, T) int64 -> (what the model gets to see, targets), (n, T)."""
+        (3.1). ids (n, T) int64 -> (what the model gets to see, targets), (n, T), places (n, M)."""
         which, fate, new = np.moveaxis(draw.random((len(ids), self.T, 3))[:, : ids.shape[1]], 2, 0)
         own = ~np.isin(ids, [*self.special.values()])
         count = np.maximum(np.rint(self.mask_prob * (ids != self.special["[PAD]"]).sum(axis=1)), 1)
-        rank = np.where(own, which, 2.0).argsort(axis=1).argsort(axis=1)  # the text's own first
-        chosen = (rank < count[:, None]) & own
+        order = np.where(own, which, 2.0).argsort(axis=1)[:, : int(count.max())]  # its own first
+        places = np.where(np.arange(order.shape[1]) < count[:, None], order, 0)  # (n, M)
+        chosen = np.zeros_like(own)
+        np.put_along_axis(chosen, places, True, axis=1)
+        chosen &= own  # (not the unused places)
         random = self.ordinary[(new * len(self.ordinary)).astype(np.int64)]
         seen = np.where(fate < 0.8, self.special["[MASK]"], np.where(fate < 0.9, ids, random))
-        return np.where(chosen, seen, ids), np.where(chosen, ids, -100)
+        return np.where(chosen, seen, ids), np.where(chosen, ids, -100), places
 
     def make(self, pairs: list[tuple], foreign, draw) -> dict:
-        """A batch: idx, segments, mlm_labels (n, T) int64, with pairs nsp_labels (n,), and where
-        something is padded, mask (n, T) bool."""
+        """A batch: idx, segments, mlm_labels (n, T) int64, places (n, M), with pairs nsp_labels
+        (n,), and where something is padded, mask (n, T) bool."""
         from data import pad
 
         ids, segments = (pad(rows, fill).numpy() for rows, fill in zip(
             zip(*pairs), (self.special["[PAD]"], 0)))
-        (seen, targets), real = self.hide(ids, draw), ids != self.special["[PAD]"]
-        arrays = dict(idx=seen, segments=segments, mlm_labels=targets)
+        (seen, targets, places), real = self.hide(ids, draw), ids != self.special["[PAD]"]
+        arrays = dict(idx=seen, segments=segments, mlm_labels=targets, places=places)
         arrays |= {"nsp_labels": np.array(foreign)} if self.nsp else {}
         arrays |= {} if real.all() else {"mask": real}
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
@@ -596,9 +609,8 @@ class Pretraining:
         losses, mlm_logits, targets, nsp_logits = model.losses(**batch)
         if model.training:
             return losses, {}
-        right = mlm_logits.argmax(dim=-1) == targets
-        measures = dict(mlm_loss=(losses[0] * len(right), len(right)),
-                        mlm_accuracy=(right.sum(), len(right)))
+        right, n = mlm_logits.argmax(dim=-1) == targets, (targets != -100).sum()
+        measures = dict(mlm_loss=(losses[0] * n, n), mlm_accuracy=(right.sum(), n))
         if nsp_logits is not None:
             right = nsp_logits.argmax(dim=-1) == batch["nsp_labels"]
             measures["nsp_accuracy"] = right.sum(), len(right)

@@ -19,6 +19,7 @@ import glob
 import gzip
 import hashlib
 import html
+import importlib.util
 import inspect
 import itertools
 import json
@@ -27,6 +28,7 @@ import multiprocessing
 import os
 import re
 import shlex
+import shutil
 import signal
 import sys
 import tarfile
@@ -843,14 +845,21 @@ def any_rank(flag) -> bool:
     return bool(total)
 
 
+def choose_device(name: str) -> torch.device:
+    """The device of this name; "auto": the best there is. Raises ValueError where it is missing."""
+    there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
+    name = next(kind for kind in there if there[kind]) if name == "auto" else name
+    if not there[name]:
+        raise ValueError(f"this PyTorch sees no {name} device: use --device cpu")
+    return torch.device(name)
+
+
 def machine(run):
     """(device, dtype, autocast, scaler) as --device and --dtype say: within `autocast` products are
     computed in dtype, the scaler is for float16 alone. "auto" asks what the device can do, not how
     fast it is right now: the same machine always gives the same numbers. Raises ValueError."""
-    there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
-    name = next(kind for kind in there if there[kind]) if run.device == "auto" else run.device
-    if not there[name]:
-        raise ValueError(f"this PyTorch sees no {name} device: use --device cpu")
+    device = choose_device(run.device)
+    name = device.type
     if ranks()[1] > 1 and not torch.distributed.is_initialized():
         if name == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # of several GPUs, its own
@@ -859,14 +868,27 @@ def machine(run):
     fastest = "bfloat16" if able.get("avx512_bf16") or able.get("amx_bf16") else "float32"
     if name == "cuda":  # a T4 (7.5) has no bfloat16
         fastest = "bfloat16" if torch.cuda.get_device_capability()[0] >= 8 else "float16"
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it makes a plan for each new length
+        torch.set_float32_matmul_precision("high")  # TF32 for products of float32
     # As it comes, glibc hands each large tensor that is freed back to the system, which clears its
     # pages anew: a fifth of a step on a CPU. So it is told to keep them (trim, top pad, no mmaps).
     with contextlib.suppress(OSError, AttributeError):
         for option, value in (-1, 2**31 - 1), (-2, 64 << 20), (-4, 0):
             ctypes.CDLL("libc.so.6").mallopt(option, value)
     dtype = getattr(torch, fastest if run.dtype == "auto" else run.dtype)
-    return (torch.device(name), dtype, torch.autocast(name, dtype, enabled=dtype != torch.float32),
+    return (device, dtype, torch.autocast(name, dtype, enabled=dtype != torch.float32),
             torch.amp.GradScaler(name, enabled=dtype == torch.float16))
+
+
+def compile_loss(task, run, device) -> None:
+    """Compile a task's forward pass and loss, as training calls it, if --compile says so; without
+    the flag on CUDA, where there is a compiler. (What cannot be compiled then runs as it is.)"""
+    there = importlib.util.find_spec("triton") and (shutil.which("cc") or shutil.which("gcc"))
+    if run.compile or run.compile is None and device.type == "cuda" and there:
+        say("compiling: the first steps take a minute; --compile false begins at once")
+        torch._dynamo.config.suppress_errors = run.compile is None
+        plain, fast = task.loss, torch.compile(task.loss)
+        task.loss = lambda model, batch: (fast if model.training else plain)(model, batch)
 
 
 @contextlib.contextmanager
@@ -917,7 +939,7 @@ class Run:
     eval_interval: int = 100  # steps between two evaluations, each with a checkpoint (0: an epoch)
     snapshot_interval: int = 0  # steps between two checkpoints that are kept for good (0: none)
     patience: int = 0  # stop after so many evaluations without a lower held-out loss (0: never)
-    compile: bool = False  # torch.compile: pays on a GPU, in long runs
+    compile: bool | None = None  # torch.compile (default: on CUDA, if there is a compiler)
     freeze: int = 0  # so many of the lowest layers, and the embeddings, stay as they are
     scratch: bool = False  # forget the weights: what is learned without pretraining?
     to: str = ""  # the folder that export writes
@@ -1179,6 +1201,7 @@ def train_command(module, settings: dict, given: dict) -> int:
     never_write(module, learner, task.tokenizer)
     if ranks()[0] == 0:
         write_settings(folder, config, task, run, new=not resuming)
+    compile_loss(task, run, device)
     finished = module.train(run, task, learner.to(device), state if resuming else None)
     two = ' --prompt "A" --prompt_b "B"' if getattr(task, "pairs", False) else ""
     again = ("generate" + two, "eval") if finished else (
@@ -1311,8 +1334,7 @@ def bench_command(module, settings: dict, given: dict) -> int:
     task.open(run, config, tokenizer, Corpus(tokenizer, tokens, tokens, 1, separator=0))
     model = module.Model(config).to(device)
     optimizer, loss, batch = module.Muon(model, run, dtype), task.loss, task.batch(0)
-    if run.compile:
-        task.loss = torch.compile(loss)
+    compile_loss(task, run, device)
     how = optimizer, scaler, autocast, run
     seconds = median(lambda: module.update(model, task, task.batch(0), *how).item(), 8)
     matrix = torch.randn([1024 if device.type == "cpu" else 8192] * 2, device=device).to(dtype)

@@ -15,18 +15,14 @@ In the end a linear head turns it into a score for every token of the vocabulary
     python gpt.py generate --prompt "Title: The"   write with what was trained
     python gpt.py eval                             loss and bits per byte on all validation text
     python gpt.py finetune                         learn to answer requests for a story
-    python gpt.py finetune --data pairs.csv        or your prompts and responses
     python gpt.py ladder                           from a bigram to a GPT, in twelve steps
-    python gpt.py bench                            how fast this machine is at it
     python gpt.py generate --init_from gpt2        the published weights (or those in a folder)
-    python gpt.py export --to FOLDER               what was trained, for transformers
-    python gpt.py --help                           every flag
+    python gpt.py --help                           every command and flag
 
 It reads from top to bottom: 1 this page, 2 the configuration, 3 layers, 4 the model, 5 pretraining,
-6 fine-tuning, 7 published weights, 8 the ladder, 9 training. Copied alone into a project, it still
-gives `from gpt import GPT, GPTConfig`; its commands need bpe.py (tokenizers) and data.py (files,
-flags, log) beside it. To learn, change things: `--pos none` (what does it cost?), `--norm none`,
-`--n_head 1`; `causal=False` in Attention.forward (the loss falls to 0, it writes nonsense: why?).
+6 fine-tuning, 7 published weights, 8 the ladder, 9 training. Copied alone, it gives `GPT` and
+`GPTConfig`; its commands need bpe.py and data.py beside it. To learn, change things: `--pos none`
+(what does it cost?), `--n_head 1`; `causal=False` in Attention.forward (the loss falls to 0: why?).
 
 Papers: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners" (GPT-2);
 Vaswani et al. 2017, https://arxiv.org/abs/1706.03762 (attention); Radford et al. 2018 (GPT).
@@ -187,6 +183,24 @@ def rotate(x, turns):
     return torch.cat((left * cos - right * sin, left * sin + right * cos), dim=-1)
 
 
+def look_at(distance, query, key, base: float) -> None:
+    """Let heads begin by looking `distance` (nh,) tokens further, where positions are sinusoids
+    p(t) of this base. query, key (nh * hd, C): the weights of a block, which are set.
+
+    d tokens further, pair i of the numbers in p turns by the angle d / base^(2i / C) (Vaswani 3.5).
+    So if W_k is W_q with its pairs of columns turned by these angles, W_k p(t + d) = W_q p(t).
+    """
+    C, hd = query.size(1), len(query) // len(distance)
+    # A score sums C * hd products, and is divided by sqrt(hd): about 7 where query and key fit
+    # (5 or 6 with tokens mixed in: half of the weight lies within two tokens of t + d).
+    nn.init.normal_(query, std=(7 / C / hd**0.5) ** 0.5)
+    angle = distance.repeat_interleave(hd)[:, None] * base ** (-torch.arange(0, C - 1, 2) / C)
+    sine, cosine = query[:, 0 : C - 1 : 2], query[:, 1::2]  # (nh * hd, C / 2)
+    key.copy_(query)
+    key[:, 0 : C - 1 : 2] = sine * angle.cos() + cosine * angle.sin()
+    key[:, 1::2] = cosine * angle.cos() - sine * angle.sin()
+
+
 class KVCache:
     """One attention layer's keys and values of all tokens so far: none is computed twice."""
 
@@ -312,6 +326,8 @@ class GPT(nn.Module):
             if name.endswith(("proj.weight", "down.weight")):
                 # 2 * n_layer of them add up in the stream: it is to grow no larger (GPT-2, 2.3).
                 nn.init.normal_(weight, std=0.02 / math.sqrt(2 * config.n_layer))
+        if config.pos == "learned" and config.n_layer:
+            self.init_attention()
         if config.tie:
             self.head.weight = self.token_embedding.weight
 
@@ -323,6 +339,16 @@ class GPT(nn.Module):
             nn.init.normal_(module.weight, std=0.05 if isinstance(module, nn.Embedding) else 0.02)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
+
+    @torch.no_grad()
+    def init_attention(self):
+        """Begin with positions as sinusoids and, in the first block, heads that look at the tokens
+        before: a tenth of the steps less for the same loss. No formula changes."""
+        C, T = self.config.n_embd, self.config.block_size
+        self.position_embedding.weight.copy_(0.2 * sinusoids(T, C, T))  # 0.2: 4 times a token's std
+        attn = self.blocks[0].attn
+        query, key, _ = attn.qkv.weight.split(attn.widths)  # (nh * hd, C) each
+        look_at(-1 - torch.arange(attn.n_head), query, key, T)
 
     def hidden(self, idx, caches: list[KVCache] | None = None):
         """idx (B, T) int64; with caches, one for each block, only the tokens that are not in them
@@ -361,9 +387,8 @@ class GPT(nn.Module):
         max_new_tokens times, or until each row has had the token `stop`; after it a row gets no
         other. temperature, top_k, top_p: see `sample`. use_cache=False: slow, the same result.
 
-        When the context is full, its older half is dropped and the rest computed again: learned
-        positions belong to places in the window, so cached keys are wrong once the window moves.
-        The model is left in evaluation mode. Raises ValueError for other shapes.
+        When the context is full, its older half is dropped and the rest computed again, since
+        learned positions belong to places in the window. Raises ValueError for other shapes.
         """
         if idx.ndim != 2 or not idx.numel():
             raise ValueError(f"idx has to be (B, T) with T at least 1, not {tuple(idx.shape)}")
@@ -441,14 +466,12 @@ def continuations(model: Model, tokenizer, prompt: str, ids: list[int], options:
                            options.top_k or None, options.top_p, stop=end)
     if options.num_samples > 1:
         rows = torch.stack(list(columns), dim=1).tolist()
-        ended = [row[: row.index(end)] if end in row else row for row in rows]
-        yield "\n\n".join(prompt + tokenizer.decode(row) for row in ended)
+        yield "\n\n".join(prompt + tokenizer.decode([x for x in row if x != end]) for row in rows)
         return
     yield prompt
     decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a token may end inside a character
-    for token in columns:
-        if token != end:
-            yield decoder.decode(tokenizer.decode_bytes(token.tolist()))
+    for token in map(torch.Tensor.tolist, columns):
+        yield decoder.decode(tokenizer.decode_bytes([] if token == [end] else token))
     yield decoder.decode(b"", final=True)
 
 
@@ -613,10 +636,9 @@ class Finetuning:
     def answer(self, model: Model, options: GenerateConfig):
         """Yield what the model answers, until it ends, or the context does."""
         ids = self.prompt_ids(options.prompt)
-        options = replace(
-            options, max_new_tokens=min(options.max_new_tokens, self.T + 1 - len(ids)),
-            temperature=0.3 if options.temperature is None else options.temperature,
-        )
+        room, temperature = self.T + 1 - len(ids), options.temperature
+        options = replace(options, max_new_tokens=min(options.max_new_tokens, room),
+                          temperature=0.3 if temperature is None else temperature)
         yield from continuations(model, self.tokenizer, "", ids, options)
 
     def demonstrate(self, model: Model, length: int) -> str:
@@ -661,9 +683,8 @@ def to_published(config: Config) -> dict:
     gpt2 = replace(config, bias=True, pos="learned", norm="pre", residual=True, layers=None)
     widths = {None, config.n_embd // config.n_head, config.head_dim, config.value_dim}
     if config != gpt2 or config.n_ff == 0 or len(widths) > 2:  # (None: the usual width)
-        raise ValueError("GPT-2 has learned positions, pre-norm, residuals, biases, feed-forwards "
-                         "and heads as wide as n_embd / n_head, the same in all blocks: "
-                         "transformers has no class for this variant")
+        raise ValueError("transformers has no class for this variant: GPT-2 has learned positions, "
+                         "pre-norm, residuals, biases, heads as wide as n_embd / n_head")
     return dict(
         architectures=["GPT2LMHeadModel"], vocab_size=config.vocab_size,
         n_positions=config.block_size, n_embd=config.n_embd, n_layer=config.n_layer,
@@ -696,26 +717,21 @@ LADDER = [  # name, what changes (the last one: several things), and what to see
     ("bigram", {},
      "Guesses from the last token alone: the best that can be done without looking further back."),
     ("one attention head", dict(n_layer=1, pos="learned"),
-     "Now a position can fetch something from those before it. But what it fetches takes the place "
-     "of the token itself, so hardly anything is gained."),
+     "A position can fetch something from those before it, but in place of the token itself."),
     ("several heads", dict(n_head=4),
      "Four narrower heads look at four places at once, for the same number of weights."),
     ("+ feed-forward", dict(n_ff=64),
-     "Each position can now compute something that is not linear. But the result takes the place "
-     "of what was fetched: there is hardly a gain, and in a short run a loss."),
+     "Something that is not linear; but the result takes the place of what was fetched: a loss."),
     ("three blocks", dict(n_layer=3),
-     "Deeper should be better, and is much worse: each block passes on nothing but its own output. "
-     "What the first one saw has to survive two more, and the gradient the same way back."),
+     "Deeper, and much worse: what the first block saw has to survive two more."),
     ("+ residuals", dict(residual=True),
      "Each sublayer adds to a stream: tokens and gradients have a direct way, and depth pays."),
     ("wider feed-forward", dict(n_ff=256),
      "Four times as wide, as in GPT-2 and BERT. Most of a transformer's weights are here."),
     ("post-LN", dict(norm="post"),
-     "LayerNorm after each sublayer, as in the first transformer and in BERT: numbers stay in "
-     "range, so steps can be long; but the direct way is bent at each of them."),
+     "LayerNorm after each sublayer, as in BERT: numbers stay in range, so steps can be long."),
     ("pre-LN", dict(norm="pre"),
-     "LayerNorm before each sublayer, as in GPT-2, and the stream itself is left alone. With three "
-     "blocks that is much the same; with thirty only this one trains without special care."),
+     "LayerNorm before each sublayer, as in GPT-2: the same here, but easier with many blocks."),
     ("dropout", dict(dropout=0.1),
      "A tenth of the activations is zeroed, against learning by heart; a short run learns none."),
     ("deeper", dict(n_layer=6),
@@ -742,9 +758,9 @@ def climb(config: Config, task: Pretraining, run, device, dtype, autocast, scale
     curve = [(i + n, sum(losses[i : i + n]) / n) for i in range(0, len(losses) - n + 1, n)]
     with autocast:
         sample = task.demonstrate(model, 100)[:100]
-    found = evaluate(model, task, 8 * run.batch_size, autocast)
+    found = evaluate(model, task, 8 * run.batch_size, autocast)["val_loss"]
     return dict(parameters=sum(p.numel() for p in model.parameters()), train_loss=curve[-1][1],
-                val_loss=found["val_loss"], seconds=round(seconds, 2), sample=sample), curve
+                val_loss=found, seconds=round(seconds, 2), sample=sample), curve
 
 
 def ladder_command(module, settings: dict, given: dict) -> int:
