@@ -1619,7 +1619,7 @@ def test_t5_s_padded_sources_and_targets_change_nothing():
     ("a.csv", b'\xef\xbb\xbftext,label,more\r\n"Say ""hi"", now",b,5\r\n\r\n"two\r\nlines", 10 ,1'),
     ("a.jsonl", '{"label": "b", "text": "Say \\"hi\\", now"}\n\n'
                 '{"text": "two\\r\\nlines", "label": 10}'),
-    ("A.CSV", 'text,label,,\n"Say ""hi"", now",b,,\n"two\r\nlines",10,,'),
+    ("A.CSV", 'text,label,,\n"Say ""hi"", now", "b",,\n"two\r\nlines",10.0,,\n,,,\n'),
 ], ids=["csv", "jsonl", "spreadsheet"])
 def test_tables_as_people_save_them(name, content):
     """Byte order marks, quotes, line breaks and blanks in cells, empty lines, more columns."""
@@ -1629,7 +1629,7 @@ def test_tables_as_people_save_them(name, content):
     task, config = opened(plain(bert), bert, "two", batch_size=2)
     texts = [byte_tokenizer(bert).decode(row).replace("[PAD]", "")
              for row in task.batch(0)["idx"].tolist()]
-    assert config.n_labels == 2
+    assert config.n_labels == 2 and sorted(task.labels) == ["10", "b"]
     assert sorted(text.replace("\r", "") for text in texts) == [
         '[CLS]Say "hi", now[SEP]', "[CLS]two\nlines[SEP]"]
 
@@ -1847,6 +1847,11 @@ def test_an_exported_run_is_opened_by_us_and_by_transformers(script, trained, ex
     around = dict(gpt=([], []), bert=(special[:1], special[1:2]), t5=([], special[2:]))
     first, last = around[script.NAME]
     assert theirs(text).input_ids == first + ids + last
+    prompt = PROMPTS[script.NAME]
+    task, _ = opened(script.Pretraining(), script, stories, ours, script.Model.from_pretrained(
+        exported(script)).config)
+    if script is not gpt:  # a gap takes the space before it
+        assert theirs(prompt).input_ids == task.prompt_ids(prompt)
     if script is not t5:  # (it can read texts of any length)
         assert len(theirs(text * 20, truncation=True).input_ids) <= 32
     if script is bert:
@@ -1995,10 +2000,11 @@ class Evil:
     (gpt, "texts.csv", "texts.csv"), (gpt, "--preset huge", "huge"),
     (bert, "--n_layer many", "n_layer.*many"), (t5, "--compile maybe", "maybe"),
     (gpt, "--max_steps 0", "max_steps.*0"), (gpt, "--seed -1", "seed.*-1"),
+    (bert, f"--seed {10**20}", "seed"),
     (gpt, "--n_embd 30", "n_embd.*30.*4"), (gpt, "--vocab_size 200", "257"),
     (t5, "--vocab_size 200", "358"), (gpt, "--stride 0", "stride.*0"),
     (gpt, "--layers 3", "layers"), (gpt, "--layers {", "layers"),
-    (gpt, '--layers {"9":{"n_ff":0}}', "layers.*9|9.*layers"),
+    (gpt, '--layers {"9":{"n_ff":0}}', "layers.*9|9.*layers"), (gpt, '--layers {"0":5}', "layers"),
     (gpt, '--layers {"0":{"n_feet":4}}', "n_feet"), (gpt, '--layers {"1":{"n_head":3}}', "3"),
     (bert, "--pos rope", "pos.*rope"), (gpt, "--act GELU", "act.*GELU"),
     (bert, "--n_embd 12 --pos rotary", "rotary|even"), (bert, "--mask_prob 2", "mask_prob.*2"),
@@ -2029,6 +2035,7 @@ def test_mistaken_flags_get_one_line(script, arguments, match, stories, capsys):
     ("cut.txt.gz", gzip.compress(b"text " * 99, mtime=0)[:-9], "cut.txt.gz"),
     ("latin.txt.gz", gzip.compress("für alle".encode("latin-1"), mtime=0), "latin.txt.gz"),
     ("bare/picture.png", b"x", "bare"), ("bare/latin.txt", b"caf\xe9", "latin.txt"),
+    ("page.txt", "for all ".encode("utf-16-le") * 9, "page.txt.*UTF-16"),
     ("nowhere.txt", None, "nowhere.txt.*shakespeare")])
 def test_sources_that_cannot_be_used(name, content, match, capsys):
     Path("bare").mkdir()
@@ -2037,6 +2044,50 @@ def test_sources_that_cannot_be_used(name, content, match, capsys):
     source = "bare" if "bare" in name else name
     assert re.search(match, mistake(gpt, capsys, "--data", source, "--out_dir", "new"))
     assert not list(Path().rglob("*.pt"))
+
+
+def test_folders_and_archives_are_read_as_one_would_expect(capsys):
+    """Each text once, though links lead to it twice; nothing hidden, no log of a run. And where a
+    text has changed, losses on it do not compare with those before."""
+    for name in "a.txt", "b/c.txt", ".hidden.txt", ".git/d.txt", "run/log.jsonl":
+        path = Path("folder", name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        put(path, json.dumps({"text": "log"}) if path.suffix == ".jsonl" else f"Text {name}.")
+    put("folder/run/run.json", "{}")
+    for link, target in ("b/loop", ".."), ("twice.txt", "a.txt"), ("broken.txt", "nowhere"):
+        Path("folder", link).symlink_to(target)
+    with tarfile.open("all.tar.gz", "w:gz") as archive:
+        for name in "._a.txt", "a.TXT", "b/c.txt", "__MACOSX/a.txt", "b/.d/e.txt":
+            raw = f"\ufeffText {name.lower()}.".encode()
+            member = tarfile.TarInfo(name)
+            member.size = len(raw)
+            archive.addfile(member, io.BytesIO(raw))
+    for source in "folder", "all.tar.gz":
+        texts = "".join(sum(documents_of(corpus_of(source)), [])).replace(END, "").split("Text ")
+        assert texts == ["", "a.txt.", "b/c.txt."], source
+    flags = "--n_layer 1 --n_embd 16 --block_size 16 --batch_size 4 --vocab_size 300".split()
+    for i, text in enumerate((INPUT[:9000], "?" * 2000 + INPUT[9000:12000])):
+        put("text.txt", text)
+        run(gpt, "--data", "text.txt", *(["--init_from", "resume"] if i else flags), "--max_steps",
+            2 + 2 * i, "--eval_interval", 2)
+    assert "new best" in capsys.readouterr().err
+    assert torch.load("out/gpt/best.pt", weights_only=True)["step"] == 4
+
+
+def test_what_a_shell_may_do(script, trained, stories, monkeypatch, capsys):
+    """No home, no standard input, no source text: it goes on without."""
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", "")
+    assert data.cache_folder().is_absolute()
+    monkeypatch.setattr(sys, "stdin", None)
+    with monkeypatch.context() as patch:
+        patch.setattr("inspect.getsource", lambda cls: open("nowhere"))
+        data.source_of.cache_clear()
+        assert "--n_layer" in help_of(script, capsys)
+    data.source_of.cache_clear()
+    run(script, "finetune", "--init_from", trained(script), "--data", examples_for(script),
+        "--max_steps", 1, "--out_dir", "a", *target_length(script))
+    run(script, "generate", "--out_dir", "a")
 
 
 def test_what_is_too_short_or_has_no_gap(script, trained, capsys):
@@ -2057,8 +2108,8 @@ def test_what_is_too_short_or_has_no_gap(script, trained, capsys):
     (gpt, "a.csv", "prompt,response\na,b,c\nd,e\n", r"a.csv.*\b[12]\b"),
     (gpt, "a.csv", 'prompt,response\na,b\n"c,d\n', r"a.csv.*\b[23]\b"),
     (gpt, "a.csv", "prompt,response,rating\na,b,5\nc,d,9\n", r"a.csv.*\b[23]\b.*rating.*9"),
-    (gpt, "a.csv", b"prompt,response\na,\xe9\nc,d\n", "a.csv"),
-    (gpt, "a.csv", "prompt,response\n", "a.csv"),
+    (gpt, "a.csv", b"prompt,response\na,b\n\n,\nc,\xe9\n", r"a.csv.*\b5\b.*response.*UTF-8"),
+    (gpt, "a.csv", "prompt,response\n", "a.csv.*no rows"),
     (gpt, "a.csv", "prompt,response\na,b\n", r"a.csv.*\b(1|one|two)\b"),
     (gpt, "a.jsonl", '{"prompt": "a", "response": "b"}\n{"prompt": "a"}\n', "jsonl.*2.*response"),
     (gpt, "a.jsonl", '{"prompt": "a"\n', r"a.jsonl.*\b1\b"),
@@ -2108,7 +2159,7 @@ def test_checkpoints_that_are_something_else(content, trained, capsys):
     ("config.json", dict(model_type="llama"), "llama"), ("config.json", dict(n_layer=3), "h.2|3"),
     ("config.json", dict(vocab_size=401), "401|wte"), ("config.json", dict(n_layer=1), "h.1|1"),
     ("config.json", dict(vocab_size=None), "folder"),
-    ("config.json", dict(activation_function="swish"), "swish"),
+    ("config.json", dict(activation_function="swish"), "activation_function.*swish"),
     ("config.json", dict(layer_norm_epsilon=0.1), "layer_norm_epsilon"),
     ("config.json", dict(scale_attn_weights=False), "scale_attn_weights"),
     ("config.json", b"{", "config.json"), ("config.json", b"[1]", "config|folder"),
@@ -2134,6 +2185,39 @@ def test_published_folders_that_are_something_else(name, content, match, exporte
     assert re.search(match, mistake(
         gpt, capsys, "generate", "--init_from", "folder", "--prompt", "a"))
     assert not Path("broken_in").exists()
+
+
+@pytest.mark.parametrize("script, settings, match", [
+    (bert, dict(problem_type="multi_label_classification"), "problem_type"),
+    (bert, dict(problem_type="regression"), "problem_type"), (bert, dict(num_labels=1), "num_labels"),
+    (bert, dict(hidden_act="relu"), "hidden_act"), (bert, dict(layer_norm_eps=1e-5), "layer_norm"),
+    (t5, dict(dense_act_fn="silu"), "dense_act_fn"),
+    (t5, dict(feed_forward_proj="gated-silu"), "feed_forward_proj")])
+def test_settings_that_would_change_the_numbers_are_named(script, settings, match, exported, capsys):
+    shutil.copytree(exported(script), "folder")
+    config = json.loads(Path("folder/config.json").read_text()) | settings
+    put("folder/config.json", json.dumps(config))
+    if "num_labels" in settings:
+        weights = read_safetensors("folder/model.safetensors")
+        weights["classifier.weight"], weights["classifier.bias"] = torch.ones(1, 32), torch.ones(1)
+        write_safetensors("folder/model.safetensors", weights)
+    assert match in mistake(script, capsys, "generate", "--init_from", "folder", "--prompt", "a")
+
+
+def test_berts_of_others_without_a_head_and_for_pairs(exported, stories, capsys):
+    """A BertModel can learn, but fill nothing in; a classifier may have been trained on pairs."""
+    shutil.copytree(exported(bert), "bare")
+    weights = read_safetensors("bare/model.safetensors")
+    weights = {name: x for name, x in weights.items() if not name.startswith("cls.")}
+    write_safetensors("bare/model.safetensors", weights)
+    assert "head" in mistake(bert, capsys, "generate", "--init_from", "bare")
+    run(bert, "--init_from", "bare", "--data", stories, "--max_steps", 1, "--batch_size", 2)
+    shutil.copytree("bare", "labels")
+    weights |= {"classifier.weight": torch.ones(2, 32), "classifier.bias": torch.ones(2)}
+    write_safetensors("labels/model.safetensors", weights)
+    for second in [], ["--prompt_b", "Two."]:
+        shown = printed(bert, capsys, "generate", "--init_from", "labels", "--prompt", "One.", *second)
+        assert shown.split() == ["LABEL_0", "50.0", "%", "LABEL_1", "50.0", "%"]
 
 
 # The house ----------------------------------------------------------------------------------------
