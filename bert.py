@@ -90,8 +90,7 @@ class BERTConfig:
         check(self, vocab_size=1, block_size=8, n_layer=1, n_head=1, n_embd=1, n_ff=1,
               dropout=(0, 1), n_segments=1, n_labels=0)
         if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}: "
-                             "change one of them")
+            raise ValueError(f"n_embd {self.n_embd} is no multiple of n_head {self.n_head}")
         width = self.n_embd // self.n_head
         if self.pos == "rotary" and width % 2:
             raise ValueError(f"rotary positions turn pairs: n_embd / n_head, here {width}, is odd")
@@ -106,9 +105,8 @@ PRESETS = {  # sizes, and what goes with them in training; the first is the defa
                    max_steps=2200, batch_size=32, log_interval=50, eval_interval=550),
     "t4": dict(vocab_size=8192, block_size=256, n_layer=8, n_head=8, n_embd=512,  # for that GPU
                max_steps=10000, batch_size=64, log_interval=50, eval_interval=500),
-    # BERT's two sizes have 110 M and 340 M parameters.
-    "bert-base": dict(vocab_size=30522, block_size=512, n_layer=12, n_head=12, n_embd=768),
-    "bert-large": dict(vocab_size=30522, block_size=512, n_layer=24, n_head=16, n_embd=1024),
+    "bert-base": dict(vocab_size=30528, block_size=512, n_layer=12, n_head=12, n_embd=768),
+    "bert-large": dict(vocab_size=30528, block_size=512, n_layer=24, n_head=16, n_embd=1024),
 }
 ADAMW = dict(lr=0.001, warmup_steps=100)  # what --optimizer adamw takes, for all weights
 FINETUNING = {
@@ -493,8 +491,8 @@ class Pretraining:
             self.documents[part], sizes = spans, np.diff(spans)[:, 0]
             self.windows[part] = (-(-sizes // self.room)).cumsum()  # rounded up
             if sizes.sum() < self.T:
-                raise ValueError(f"the text is too short: {corpus} do not fill sequences of "
-                                 f"{self.T}; give more text or a smaller --block_size")
+                raise ValueError(f"{corpus}: too short for sequences of {self.T}; give more text, "
+                                 "or a smaller --block_size")
         document = self.document("train", np.arange(self.windows["train"][-1]))
         self.order = Batches(np.diff(self.documents["train"])[document, 0].clip(max=self.room))
         self.rows = len(document)
@@ -644,19 +642,13 @@ class Pretraining:
         yield "\n" + self.tokenizer.decode(model.fill(idx, mask_id)[1:-1].tolist())
 
     def demonstrate(self, model: Model, length: int) -> str:
-        """A sample for the log: a text with guesses in brackets, [right] or [wrong/what it was]."""
-        text = self.window("validation", 0, min(length, self.room))
+        """A sample for the log: a text with masks, and as the model fills it."""
+        text, mask_id = self.window("validation", 0, min(length, self.room)), self.special["[MASK]"]
         idx = torch.tensor([self.special["[CLS]"], *text, self.special["[SEP]"]])
-        hidden = torch.randperm(len(text))[: max(round(0.15 * len(text)), 1)] + 1
-        idx[hidden] = self.special["[MASK]"]
-        at, probability = model.guess(idx.to(model.head.weight.device), self.special["[MASK]"])
-        spelled = [self.tokenizer.decode_bytes([token]) for token in text]
-        for place, token in zip((at - 1).tolist(), probability.argmax(dim=-1).tolist()):
-            truth, guess = spelled[place], self.tokenizer.decode_bytes([token])
-            space = truth[: len(truth) - len(truth.lstrip())]
-            wrong = b"" if guess == truth else guess.strip() + b"/"
-            spelled[place] = space + b"[" + wrong + truth.strip() + b"]"
-        return b"".join(spelled).decode("utf-8", "replace")
+        idx[torch.randperm(len(text))[: max(round(0.15 * len(text)), 1)] + 1] = mask_id
+        filled = model.fill(idx.to(model.head.weight.device), mask_id)
+        shown, filled = (self.tokenizer.decode(ids[1:-1].tolist()) for ids in (idx, filled))
+        return f"{shown}\n-> {filled}"
 
 
 # 6. Fine-tuning: label a text ---------------------------------------------------------------------
@@ -673,7 +665,6 @@ class Finetuning:
     pairs: bool | None = field(default=False, metadata=dict(flag=False))  # two texts a row? or any
 
     columns, optional = ("text", "label"), ("text_b",)
-    idle = "transform|pair_head|head.bias"  # parameters that nothing asks any more
 
     def __post_init__(self):
         check(self, mask_prob=(0, 1), label_smoothing=(0, 1))
@@ -881,8 +872,7 @@ def from_published(found: dict, names) -> Config:
 
 # 9. Training: from here on the three model files are the same, letter by letter -------------------
 # `train` is the whole story: set the rates, draw the batch, update, report, evaluate, save.
-#   run   its settings, a data.Run: max_steps, batch_size, grad_accum, lr, matrix_lr, warmup_steps,
-#         schedule, grad_clip, log_interval, eval_interval, patience, ... (flags, each with a help)
+#   run   its settings, a data.Run; its fields are flags: max_steps, batch_size, lr, matrix_lr, ...
 #   task  what to learn from: Pretraining (5), Finetuning (6), or a class of yours, with
 #         batch(step), eval_batches(rows, most): dicts of tensors with a row for each sequence;
 #         asked(batch): how many answers a mean loss is a mean of; loss(model, batch): that loss,
@@ -968,9 +958,8 @@ def update(model, task, batch: dict, optimizer, scaler, autocast, run) -> torch.
     """One optimizer step, in run.grad_accum parts, by all ranks (processes) -> the mean loss.
 
     A batch says beforehand how many answers it asks for, so each part's mean loss is weighted by
-    its share of them before the backward pass; then gradients need only be added up. autocast:
-    products in a narrower dtype. scaler: multiplies the loss in float16, where small gradients
-    would be 0, and divides the gradients again.
+    its share of them before the backward pass; then gradients just add up. autocast: products in a
+    narrower dtype. scaler: multiplies the loss in float16, where small gradients would be 0.
     """
     from data import add_up, ranks
 
@@ -1023,8 +1012,8 @@ def train(run, task, model: Model, state: dict | None = None) -> bool:
     """Train to max_steps, or until `patience` ends; False if Ctrl-C came first.
 
     Step n's batch and dropout are drawn from (seed, n), so a run that goes on from a checkpoint,
-    state, ends as if it had never been stopped. Of several ranks (processes that `torchrun` starts,
-    one per GPU) each draws the whole batch and computes its share."""
+    state, ends as if it had never been stopped. Of several ranks (processes, by `torchrun`) each
+    draws the whole batch and computes its share."""
     from data import Log, any_rank, asked_to_stop, machine, ranks, save
 
     _, dtype, autocast, scaler = machine(run)
@@ -1072,9 +1061,8 @@ def train(run, task, model: Model, state: dict | None = None) -> bool:
 
 
 def from_pretrained(name_or_folder) -> Model:
-    """A model that was trained here, by its run's folder or a checkpoint's path; or a published
-    one, by its name on the Hugging Face hub or of its folder. In evaluation mode, float32. Raises
-    ValueError or OSError where it is none of this architecture."""
+    """A model that was trained here, by its run's folder or a checkpoint's path; or published, by
+    its folder or name. In evaluation mode, float32. Raises ValueError or OSError."""
     from data import open_model
 
     return open_model(sys.modules[__name__], name_or_folder)[0].eval()
@@ -1092,15 +1080,13 @@ Model.from_pretrained, Model.save_pretrained = staticmethod(from_pretrained), sa
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command (they are in data.py: they read flags and files, and call what stands above).
-    Exit status: 0 done, 2 the user's mistake (a line says which), 130 Ctrl-C."""
+    """Run a command (they are in data.py). Returns the exit status, see `run_command` there."""
     try:
         from data import run_command
     except ImportError as error:
         if error.name not in ("bpe", "data"):
             raise
-        print(f"error: {error.name}.py is missing, or hidden by a namesake: put bpe.py and data.py "
-              f"beside {NAME}.py", file=sys.stderr)
+        print(f"error: {error.name}.py is missing: put it beside {NAME}.py", file=sys.stderr)
         return 2
     return run_command(sys.modules[__name__], sys.argv[1:] if arguments is None else arguments)
 

@@ -37,6 +37,7 @@ import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import MISSING, asdict, dataclass, fields, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -863,7 +864,8 @@ def machine(run):
     if ranks()[1] > 1 and not torch.distributed.is_initialized():
         if name == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # of several GPUs, its own
-        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if name == "cuda" else "gloo")
+        backend, wait = "cpu:gloo,cuda:nccl" if name == "cuda" else "gloo", timedelta(minutes=30)
+        torch.distributed.init_process_group(backend, timeout=wait)  # (a corpus is made meanwhile)
     able = torch.cpu.get_capabilities() if name == "cpu" else {}
     fastest = "bfloat16" if able.get("avx512_bf16") or able.get("amx_bf16") else "float32"
     if name == "cuda":  # a T4 (7.5) has no bfloat16
@@ -1197,7 +1199,7 @@ def train_command(module, settings: dict, given: dict) -> int:
         old = {name: x for name, x in model.state_dict().items()
                if name in new and x.shape == new[name].shape}
         learner.load_state_dict(new | old)
-    keep(learner, run.freeze, getattr(task, "idle", "$^"))
+    freeze(learner, run.freeze)
     never_write(module, learner, task.tokenizer)
     if ranks()[0] == 0:
         write_settings(folder, config, task, run, new=not resuming)
@@ -1237,15 +1239,13 @@ def open_source(module, task, run, config, tokenizer):
     return prepare(run.data, config.vocab_size, module.SPECIAL_TOKENS, module.SEPARATOR, tokenizer)
 
 
-def keep(model, n: int, idle: str) -> None:
-    """With --freeze n the embeddings and the lowest n blocks (of each stack) stay as they are; so
-    do parameters that nothing asks, whose names `idle` matches."""
+def freeze(model, n: int) -> None:
+    """With --freeze n the embeddings and the lowest n blocks (of each stack) stay as they are."""
     if n > model.config.n_layer:
         raise ValueError(f"--freeze {n}: the model has {model.config.n_layer} layers")
     for name, p in model.named_parameters():
         block = re.search(r"blocks\.(\d+)\.", name)
-        lowest = "embedding" in name or block and int(block[1]) < n
-        if n and lowest or re.match(idle, name):
+        if n and ("embedding" in name or block and int(block[1]) < n):
             p.requires_grad_(False)
 
 
@@ -1269,16 +1269,18 @@ def generate_command(module, settings: dict, given: dict) -> int:
     """Let a model write; a fine-tuned one answers --prompt, or else each line that is typed."""
     options = build(module.GenerateConfig, settings)
     model, task, _, run = load(module, settings)
-    device, dtype, *_ = machine(run)
+    device, dtype, autocast, _ = machine(run)
     one = device.type == "cpu" and getattr(options, "num_samples", 1) == 1
-    model.to(torch.float32 if one else dtype)  # one vector is multiplied fastest in float32
+    if dtype == torch.bfloat16 and not one:  # one vector is multiplied fastest in float32
+        model.to(dtype)
     asked = [options.prompt]
     if type(task) is module.Finetuning and not options.prompt:
         say("Type something and press Enter; Ctrl-D ends.")
         asked = filter(None, map(str.strip, sys.stdin))
     for prompt in asked:
-        for part in task.answer(model, replace(options, prompt=prompt)):
-            print(part, end="", flush=True)
+        with autocast if dtype == torch.float16 else contextlib.nullcontext():
+            for part in task.answer(model, replace(options, prompt=prompt)):
+                print(part, end="", flush=True)
         print()
     return 0
 

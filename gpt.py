@@ -14,7 +14,6 @@ In the end a linear head turns it into a score for every token of the vocabulary
     python gpt.py                                  train on input.txt: 2 to 3 minutes on a laptop
     python gpt.py generate --prompt "Title: The"   write with what was trained
     python gpt.py eval                             loss and bits per byte on all validation text
-    python gpt.py finetune                         learn to answer requests for a story
     python gpt.py ladder                           from a bigram to a GPT, in twelve steps
     python gpt.py generate --init_from gpt2        the published weights (or those in a folder)
     python gpt.py --help                           every command and flag
@@ -24,8 +23,8 @@ It reads from top to bottom: 1 this page, 2 the configuration, 3 layers, 4 the m
 `GPTConfig`; its commands need bpe.py and data.py beside it. To learn, change things: `--pos none`
 (what does it cost?), `--n_head 1`; `causal=False` in Attention.forward (the loss falls to 0: why?).
 
-Papers: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners" (GPT-2);
-Vaswani et al. 2017, https://arxiv.org/abs/1706.03762 (attention); Radford et al. 2018 (GPT).
+Papers: Radford et al. 2018 (GPT), 2019, "Language Models are Unsupervised Multitask Learners"
+(GPT-2); Vaswani et al. 2017, https://arxiv.org/abs/1706.03762 (attention).
 """
 
 import codecs
@@ -90,17 +89,15 @@ class GPTConfig:
         check(self, vocab_size=1, block_size=1, n_layer=0, n_head=1, n_embd=1, n_ff=0, head_dim=1,
               value_dim=1, dropout=(0, 1))
         if self.head_dim is None and self.n_embd % self.n_head:
-            raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}: "
-                             "change one of them, or set head_dim")
+            raise ValueError(f"n_embd {self.n_embd} is no multiple of n_head {self.n_head}")
         width = self.head_dim or self.n_embd // self.n_head
         if self.pos == "rotary" and width % 2:
             raise ValueError(f"rotary positions turn pairs: head_dim, here {width}, has to be even")
         free = set("n_head n_ff head_dim value_dim dropout bias norm act residual".split())
         for i, own in (self.layers or {}).items():
             known = isinstance(own, dict) and free.issuperset(own)
-            if i not in map(str, range(self.n_layer)) or not known:
-                raise ValueError(f"layers: {i}: {own} is not a block's number, 0 to "
-                                 f"{self.n_layer - 1}, and some of {', '.join(sorted(free))}")
+            if not known or i not in map(str, range(self.n_layer)):
+                raise ValueError(f"layers: {i}: {own} is not a block and some of {sorted(free)}")
             self.block(int(i))
 
     def block(self, i: int) -> "GPTConfig":
@@ -115,19 +112,17 @@ PRESETS = {  # sizes, and what goes with them in training; the first is the defa
                    max_steps=500, batch_size=16, lr=0.01, matrix_lr=0.03),
     "t4": dict(vocab_size=8192, block_size=512, n_layer=8, n_head=8, n_embd=512,  # for that GPU
                max_steps=3000, batch_size=32, lr=0.005, matrix_lr=0.02, eval_interval=250),
-    # GPT-2's four sizes have 124 M, 355 M, 774 M and 1.56 B parameters.
-    "gpt2": dict(vocab_size=50257, block_size=1024, n_layer=12, n_head=12, n_embd=768),
-    "gpt2-medium": dict(vocab_size=50257, block_size=1024, n_layer=24, n_head=16, n_embd=1024),
-    "gpt2-large": dict(vocab_size=50257, block_size=1024, n_layer=36, n_head=20, n_embd=1280),
-    "gpt2-xl": dict(vocab_size=50257, block_size=1024, n_layer=48, n_head=25, n_embd=1600),
+    "gpt2": dict(vocab_size=50304, block_size=1024, n_layer=12, n_head=12, n_embd=768),  # 124 M
+    "gpt2-medium": dict(vocab_size=50304, block_size=1024, n_layer=24, n_head=16, n_embd=1024),
+    "gpt2-large": dict(vocab_size=50304, block_size=1024, n_layer=36, n_head=20, n_embd=1280),
+    "gpt2-xl": dict(vocab_size=50304, block_size=1024, n_layer=48, n_head=25, n_embd=1600),
 }
 ADAMW = dict(lr=0.002, warmup_steps=100)  # what --optimizer adamw takes, for all weights
 FINETUNING = {  # section 9's data.Run explains the fields
     "laptop": dict(epochs=4.0, batch_size=16, optimizer="adamw", lr=0.003),
     "published": dict(epochs=3.0, batch_size=8, optimizer="adamw", lr=3e-5, warmup_steps=50,
                       weight_decay=0.01),  # for models 512 wide and more
-    # Without --data. The held-out loss rises from the second epoch on; yet only then does the model
-    # do what the prompt says (Ouyang et al. 2022, 3.5, saw the same). So the last one is the best.
+    # Without --data. Its loss rises early, yet only then it obeys (Ouyang et al. 2022, 3.5).
     "stories": dict(eval_interval=1000),
 }
 
@@ -458,8 +453,8 @@ class GenerateConfig:
 
 
 def continuations(model: Model, tokenizer, prompt: str, ids: list[int], options: GenerateConfig):
-    """Yield the prompt and what follows its tokens `ids`, up to the end of the document: one text
-    part by part; several, with an empty line between them, when all are done."""
+    """Yield the prompt and what follows its tokens `ids`, up to the end of the document: part by
+    part; of several texts, all at once, with an empty line between them."""
     end, temperature = tokenizer.special[SEPARATOR], options.temperature
     idx = torch.tensor([ids] * options.num_samples, device=model.head.weight.device)
     columns = model.stream(idx, options.max_new_tokens, 0.8 if temperature is None else temperature,
@@ -492,18 +487,15 @@ class Pretraining:
             return config
         self.corpus, self.description = corpus, str(corpus)
         if len(corpus.train) <= self.T or len(corpus.validation) < 2:
-            raise ValueError(f"the text is too short: {corpus} do not fill windows of {self.T}; "
-                             "give more text or a smaller --block_size")
-        # An epoch's windows are one less than fit: 10 tokens, T = 3, stride 3 -> 2 windows of 4
-        # (with their targets) that begin at 0 and 3, or 1 and 4, 2 and 5, 3 and 6: see `batch`.
+            raise ValueError(f"{corpus}: too short for windows of {self.T}; give more text, or a "
+                             "smaller --block_size")
+        # An epoch's windows are one less than fit, so that there is room for a random offset.
         self.rows = max((len(corpus.train) - 1 - self.T) // (self.stride or self.T), 1)
         return config
 
     def batch(self, step: int) -> dict:
-        """A step's batch: idx and targets, (rows, T) int64. It depends on (seed, step) alone.
-
-        An epoch lays windows one after the other, from a random offset, and takes each once.
-        """
+        """A step's batch: idx and targets, (rows, T) int64. It depends on (seed, step) alone. An
+        epoch lays windows one after the other, from a random offset, and takes each once."""
         from data import epoch_rows
 
         row, shift = epoch_rows(self.rows, self.run, step)  # (rows,); shift from [0, 1)
@@ -514,9 +506,8 @@ class Pretraining:
         return dict(idx=torch.from_numpy(window[:, :-1]), targets=torch.from_numpy(window[:, 1:]))
 
     def eval_batches(self, rows: int, most: int | None = None):
-        """Yield the validation part in windows that do not overlap: each token but the first is a
-        target once. most: of a large part, about so many tokens, evenly spread over it. `bytes`
-        (rows, T): how many bytes a target spells."""
+        """Yield the validation part in windows: each token but the first is a target once. most:
+        of a large part, about so many tokens, evenly spread. bytes (rows, T): of each target."""
         from data import sliding_windows, spread
 
         tokens, T = self.corpus.validation, self.T
@@ -532,8 +523,7 @@ class Pretraining:
         return (batch["targets"] != -100).sum().float()
 
     def loss(self, model: Model, batch: dict):
-        """The mean loss, and measures, each a pair of sums. Bits per byte, -log2 p per byte of
-        text, can be compared across tokenizers."""
+        """The mean loss, and measures, each a pair of sums: -log2 p per byte of text."""
         loss = model(batch["idx"], batch["targets"])[1]
         if "bytes" not in batch:  # (in training)
             return loss, {}
@@ -558,13 +548,10 @@ class Pretraining:
 
 @dataclass
 class Finetuning:
-    """Answer a prompt: <|endoftext|> prompt, line break, response <|endoftext|>. (Methods without a
-    text are those of Pretraining.)
-
-    The loss is on the response and the <|endoftext|> behind it alone: so the model learns to
-    answer, and to end, but not to ask. Where responses are rated, from 1 to 5, each token's loss
-    weighs as much as the rating.
-    """
+    """Answer a prompt: <|endoftext|> prompt, line break, response <|endoftext|>. The loss is on the
+    response and the <|endoftext|> behind it alone: so the model learns to answer, and to end, but
+    not to ask. Where responses are rated, from 1 to 5, each token's loss weighs as much.
+    (Methods without a text are those of Pretraining.)"""
 
     min_rating: float = 0.0  # leave out responses with a lower rating
 
@@ -577,8 +564,7 @@ class Finetuning:
         return dict(prompt=prompt, response=story["text"].partition("\n\n")[0])
 
     def open(self, run, config: Config, tokenizer, parts=None) -> Config:
-        """parts: the rows (dicts of columns) to learn from, and those held out -> the architecture
-        for them. (BERT's gets a head for the labels.)"""
+        """parts: the rows (dicts of columns) to learn from, and those held out -> config."""
         from data import Examples
 
         self.run, self.T, self.tokenizer = run, config.block_size, tokenizer
@@ -791,8 +777,7 @@ def ladder_command(module, settings: dict, given: dict) -> int:
 
 # 9. Training: from here on the three model files are the same, letter by letter -------------------
 # `train` is the whole story: set the rates, draw the batch, update, report, evaluate, save.
-#   run   its settings, a data.Run: max_steps, batch_size, grad_accum, lr, matrix_lr, warmup_steps,
-#         schedule, grad_clip, log_interval, eval_interval, patience, ... (flags, each with a help)
+#   run   its settings, a data.Run; its fields are flags: max_steps, batch_size, lr, matrix_lr, ...
 #   task  what to learn from: Pretraining (5), Finetuning (6), or a class of yours, with
 #         batch(step), eval_batches(rows, most): dicts of tensors with a row for each sequence;
 #         asked(batch): how many answers a mean loss is a mean of; loss(model, batch): that loss,
@@ -878,9 +863,8 @@ def update(model, task, batch: dict, optimizer, scaler, autocast, run) -> torch.
     """One optimizer step, in run.grad_accum parts, by all ranks (processes) -> the mean loss.
 
     A batch says beforehand how many answers it asks for, so each part's mean loss is weighted by
-    its share of them before the backward pass; then gradients need only be added up. autocast:
-    products in a narrower dtype. scaler: multiplies the loss in float16, where small gradients
-    would be 0, and divides the gradients again.
+    its share of them before the backward pass; then gradients just add up. autocast: products in a
+    narrower dtype. scaler: multiplies the loss in float16, where small gradients would be 0.
     """
     from data import add_up, ranks
 
@@ -933,8 +917,8 @@ def train(run, task, model: Model, state: dict | None = None) -> bool:
     """Train to max_steps, or until `patience` ends; False if Ctrl-C came first.
 
     Step n's batch and dropout are drawn from (seed, n), so a run that goes on from a checkpoint,
-    state, ends as if it had never been stopped. Of several ranks (processes that `torchrun` starts,
-    one per GPU) each draws the whole batch and computes its share."""
+    state, ends as if it had never been stopped. Of several ranks (processes, by `torchrun`) each
+    draws the whole batch and computes its share."""
     from data import Log, any_rank, asked_to_stop, machine, ranks, save
 
     _, dtype, autocast, scaler = machine(run)
@@ -982,9 +966,8 @@ def train(run, task, model: Model, state: dict | None = None) -> bool:
 
 
 def from_pretrained(name_or_folder) -> Model:
-    """A model that was trained here, by its run's folder or a checkpoint's path; or a published
-    one, by its name on the Hugging Face hub or of its folder. In evaluation mode, float32. Raises
-    ValueError or OSError where it is none of this architecture."""
+    """A model that was trained here, by its run's folder or a checkpoint's path; or published, by
+    its folder or name. In evaluation mode, float32. Raises ValueError or OSError."""
     from data import open_model
 
     return open_model(sys.modules[__name__], name_or_folder)[0].eval()
@@ -1002,15 +985,13 @@ Model.from_pretrained, Model.save_pretrained = staticmethod(from_pretrained), sa
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command (they are in data.py: they read flags and files, and call what stands above).
-    Exit status: 0 done, 2 the user's mistake (a line says which), 130 Ctrl-C."""
+    """Run a command (they are in data.py). Returns the exit status, see `run_command` there."""
     try:
         from data import run_command
     except ImportError as error:
         if error.name not in ("bpe", "data"):
             raise
-        print(f"error: {error.name}.py is missing, or hidden by a namesake: put bpe.py and data.py "
-              f"beside {NAME}.py", file=sys.stderr)
+        print(f"error: {error.name}.py is missing: put it beside {NAME}.py", file=sys.stderr)
         return 2
     return run_command(sys.modules[__name__], sys.argv[1:] if arguments is None else arguments)
 

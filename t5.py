@@ -94,8 +94,7 @@ class T5Config:
         check(self, vocab_size=1, n_layer=1, n_head=1, n_embd=1, n_ff=1, head_dim=1, dropout=(0, 1),
               n_decoder_layer=1, pad_id=ids, eos_id=ids)
         if self.head_dim is None and self.n_embd % self.n_head:
-            raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}: "
-                             "change one of them, or set head_dim")
+            raise ValueError(f"n_embd {self.n_embd} is no multiple of n_head {self.n_head}")
         if self.n_buckets < 4 or self.n_buckets % 2 or self.max_distance <= self.n_buckets // 2:
             raise ValueError("n_buckets has to be even and at least 4, max_distance more than half "
                              f"of it: {self.n_buckets} and {self.max_distance} are not")
@@ -254,7 +253,12 @@ class FeedForward(nn.Module):
         else:
             inner = F.gelu(self.gate(x), approximate="tanh") * inner
         inner = F.dropout(inner, self.dropout, self.training)
-        return F.dropout(self.down(inner), self.dropout, self.training)  # (B, T, C)
+        if inner.dtype == torch.float16:  # it ends at 65,504, which published models exceed here
+            with torch.autocast(inner.device.type, enabled=False):
+                y = F.linear(inner.float(), self.down.weight.float())
+        else:
+            y = self.down(inner)
+        return F.dropout(y, self.dropout, self.training)  # (B, T, C)
 
 
 def inverse_rms(x, eps: float):
@@ -651,8 +655,8 @@ class Pretraining:
             self.before[part] = edges - np.arange(len(edges))  # tokens of text before each </s>
             self.length[part] = len(getattr(corpus, part)) - len(edges)
             if self.length[part] < self.block_size:
-                raise ValueError(f"the text is too short: {corpus} do not fill windows of "
-                                 f"{self.block_size}; give more text or a smaller --block_size")
+                raise ValueError(f"{corpus}: too short for windows of {self.block_size}; give more "
+                                 "text, or a smaller --block_size")
         # Windows of an epoch: one less than fit, so that there is room for a random offset.
         self.rows = max(self.length["train"] // self.block_size - 1, 1)
         return config
@@ -954,8 +958,7 @@ def from_published(found: dict, names) -> Config:
 
 # 9. Training: from here on the three model files are the same, letter by letter -------------------
 # `train` is the whole story: set the rates, draw the batch, update, report, evaluate, save.
-#   run   its settings, a data.Run: max_steps, batch_size, grad_accum, lr, matrix_lr, warmup_steps,
-#         schedule, grad_clip, log_interval, eval_interval, patience, ... (flags, each with a help)
+#   run   its settings, a data.Run; its fields are flags: max_steps, batch_size, lr, matrix_lr, ...
 #   task  what to learn from: Pretraining (5), Finetuning (6), or a class of yours, with
 #         batch(step), eval_batches(rows, most): dicts of tensors with a row for each sequence;
 #         asked(batch): how many answers a mean loss is a mean of; loss(model, batch): that loss,
@@ -1041,9 +1044,8 @@ def update(model, task, batch: dict, optimizer, scaler, autocast, run) -> torch.
     """One optimizer step, in run.grad_accum parts, by all ranks (processes) -> the mean loss.
 
     A batch says beforehand how many answers it asks for, so each part's mean loss is weighted by
-    its share of them before the backward pass; then gradients need only be added up. autocast:
-    products in a narrower dtype. scaler: multiplies the loss in float16, where small gradients
-    would be 0, and divides the gradients again.
+    its share of them before the backward pass; then gradients just add up. autocast: products in a
+    narrower dtype. scaler: multiplies the loss in float16, where small gradients would be 0.
     """
     from data import add_up, ranks
 
@@ -1096,8 +1098,8 @@ def train(run, task, model: Model, state: dict | None = None) -> bool:
     """Train to max_steps, or until `patience` ends; False if Ctrl-C came first.
 
     Step n's batch and dropout are drawn from (seed, n), so a run that goes on from a checkpoint,
-    state, ends as if it had never been stopped. Of several ranks (processes that `torchrun` starts,
-    one per GPU) each draws the whole batch and computes its share."""
+    state, ends as if it had never been stopped. Of several ranks (processes, by `torchrun`) each
+    draws the whole batch and computes its share."""
     from data import Log, any_rank, asked_to_stop, machine, ranks, save
 
     _, dtype, autocast, scaler = machine(run)
@@ -1145,9 +1147,8 @@ def train(run, task, model: Model, state: dict | None = None) -> bool:
 
 
 def from_pretrained(name_or_folder) -> Model:
-    """A model that was trained here, by its run's folder or a checkpoint's path; or a published
-    one, by its name on the Hugging Face hub or of its folder. In evaluation mode, float32. Raises
-    ValueError or OSError where it is none of this architecture."""
+    """A model that was trained here, by its run's folder or a checkpoint's path; or published, by
+    its folder or name. In evaluation mode, float32. Raises ValueError or OSError."""
     from data import open_model
 
     return open_model(sys.modules[__name__], name_or_folder)[0].eval()
@@ -1165,15 +1166,13 @@ Model.from_pretrained, Model.save_pretrained = staticmethod(from_pretrained), sa
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command (they are in data.py: they read flags and files, and call what stands above).
-    Exit status: 0 done, 2 the user's mistake (a line says which), 130 Ctrl-C."""
+    """Run a command (they are in data.py). Returns the exit status, see `run_command` there."""
     try:
         from data import run_command
     except ImportError as error:
         if error.name not in ("bpe", "data"):
             raise
-        print(f"error: {error.name}.py is missing, or hidden by a namesake: put bpe.py and data.py "
-              f"beside {NAME}.py", file=sys.stderr)
+        print(f"error: {error.name}.py is missing: put it beside {NAME}.py", file=sys.stderr)
         return 2
     return run_command(sys.modules[__name__], sys.argv[1:] if arguments is None else arguments)
 
