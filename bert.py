@@ -16,7 +16,7 @@ attention brings (every position looks at every other) and what a feed-forward m
 position by itself), and normalize after each. On top stand three small heads: for hidden tokens,
 for the pair, and after fine-tuning for labels. No text is generated; BERT is for understanding it.
 
-    python bert.py                                  train on input.txt: 4 to 5 minutes on a laptop
+    python bert.py                                  train on input.txt: a few minutes on a laptop
     python bert.py generate --prompt "The cat sat on the [MASK]."     fill what is hidden
     python bert.py eval                             how many hidden tokens and pairs it gets right
     python bert.py finetune                         learn to tell what a story is about
@@ -113,7 +113,7 @@ FINETUNING = {
     "laptop": dict(epochs=30.0, batch_size=32, matrix_lr=0.01, weight_decay=0.1),
     "published": dict(epochs=3.0, batch_size=16, optimizer="adamw", lr=3e-5, warmup_steps=50,
                       weight_decay=0.01),  # for models 512 wide and more
-    "stories": dict(mask_prob=0.1, label_smoothing=0.1, eval_interval=150),  # without --data
+    "": dict(mask_prob=0.1, label_smoothing=0.1, eval_interval=150),  # without --data
 }
 
 # 3. Layers, from the bottom up --------------------------------------------------------------------
@@ -296,13 +296,14 @@ class BERT(nn.Module):
         self.apply(self.init_weights)
         self.init_attention()
         self.head.weight = self.token_embedding.weight
-        if config.n_embd < 512:
+        for name, layer in self.named_children() if config.n_embd < 512 else ():
             # Heads that begin near zero ask a small model's [CLS] for nothing, for thousands of
-            # steps. Large scores have to be put right by the layers below.
-            for name, layer in self.named_children():
-                if name in ("pooler", "pair_head", "label_head"):
-                    std = config.n_embd**-0.5 if name == "pooler" else 1.0
-                    nn.init.normal_(layer.weight, std=std)
+            # steps. Large scores have to be put right by the layers below; these take hundreds of
+            # steps until they can, and till then the head must not become small.
+            if name in ("pooler", "pair_head", "label_head"):
+                std = config.n_embd**-0.5 if name == "pooler" else 1.0
+                nn.init.normal_(layer.weight, std=std)
+                layer.weight.lr_factor = 1.0 if config.n_labels else 0.1  # of its learning rate
 
     @staticmethod
     def init_weights(module):
@@ -665,14 +666,15 @@ class Finetuning:
     pairs: bool | None = field(default=False, metadata=dict(flag=False))  # two texts a row? or any
 
     columns, optional = ("text", "label"), ("text_b",)
+    demonstrations = ("",)  # what --data can be beside a table
 
     def __post_init__(self):
         check(self, mask_prob=(0, 1), label_smoothing=(0, 1))
 
     @staticmethod
-    def from_story(story: dict) -> dict:
+    def from_story(story: dict, source: str) -> list[dict]:
         """The demonstration: a story without its header -> its topic, one of eight."""
-        return dict(text=story["text"], label=story["topic"])
+        return [dict(text=story["text"], label=story["topic"])]
 
     def open(self, run, config: Config, tokenizer, parts=None) -> Config:
         """parts: the rows (dicts of columns) to learn from, and those held out -> the architecture

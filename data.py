@@ -392,12 +392,12 @@ def task_rows(task, source: str) -> list[list[dict]]:
     """The rows to learn from and those held out: of a .csv or .jsonl file (or its URL), a folder of
     two, or `imdb`; of "" the stories of input.txt. A row is a dict column -> text, and `place`, its
     name. Of one file always the same random tenth is held out. Raises ValueError or OSError."""
-    if not source:  # held out are those that no model has seen in pretraining
+    if source in task.demonstrations:  # held out are those that no model has seen in pretraining
         story = re.compile(r"Title: (?P<title>.+)\nTopic: (?P<topic>.+)\n\n(?P<text>(?s:.+))")
         found = [(part, it) for part, piece in parts("input.txt") for it in
                  map(story.match, BETWEEN_DOCUMENTS.split(piece.replace("\r\n", "\n"))) if it]
-        return [[task.from_story(it.groupdict()) | {"place": it["title"]} for name, it in found
-                 if name == part] for part in PARTS]
+        return [[row | {"place": it["title"]} for name, it in found if name == part
+                 for row in task.from_story(it.groupdict(), source)] for part in PARTS]
     path = find_source(source)[0]
     if source == "imdb":
         labelled = REVIEW.replace("|unsup", "")
@@ -1219,7 +1219,7 @@ def take_over(module, kind, model, state: dict, settings: dict, given: dict) -> 
     fixed, run = asdict(model.config), {}  # what cannot change; what was set before
     if kind is module.Finetuning:
         run |= module.FINETUNING["published"] if model.config.n_embd >= 512 else {}
-        run |= {} if settings["data"] else module.FINETUNING["stories"]
+        run |= module.FINETUNING.get(settings["data"], {})  # of a demonstration
     if settings["init_from"] == "resume":
         if type(state["task"]) is not kind:
             raise ValueError(f"{settings['out_dir']} is of another command, {state['kind']}")

@@ -11,7 +11,7 @@ of a token's and a position's embedding. Each block adds to it what attention br
 exchange information) and then what a feed-forward network makes of it (each position by itself).
 In the end a linear head turns it into a score for every token of the vocabulary, its logits.
 
-    python gpt.py                                  train on input.txt: 2 to 3 minutes on a laptop
+    python gpt.py                                  train on input.txt: a few minutes on a laptop
     python gpt.py generate --prompt "Title: The"   write with what was trained
     python gpt.py eval                             loss and bits per byte on all validation text
     python gpt.py finetune                         learn to answer requests for a story
@@ -123,9 +123,9 @@ FINETUNING = {  # section 9's data.Run explains the fields
     "laptop": dict(epochs=4.0, batch_size=16, optimizer="adamw", lr=0.003),
     "published": dict(epochs=3.0, batch_size=8, optimizer="adamw", lr=3e-5, warmup_steps=50,
                       weight_decay=0.01),  # for models 512 wide and more
-    # Without --data. The held-out loss rises from the second epoch on; yet only then does the model
+    # Without --data: the held-out loss rises from the second epoch on; yet only then does the model
     # do what the prompt says (Ouyang et al. 2022, 3.5, saw the same). So the last one is the best.
-    "stories": dict(eval_interval=1000),
+    "": dict(eval_interval=1000),
 }
 
 # 3. Layers, from the bottom up --------------------------------------------------------------------
@@ -528,12 +528,13 @@ class Finetuning:
     min_rating: float = 0.0  # leave out responses with a lower rating
 
     columns, optional = ("prompt", "response"), ("rating",)
+    demonstrations = ("",)  # what --data can be beside a table
 
     @staticmethod
-    def from_story(story: dict) -> dict:
+    def from_story(story: dict, source: str) -> list[dict]:
         """The demonstration: a request for a story -> its first paragraph."""
         prompt = f"Tell me a story about the {story['topic']}: {story['title']}"
-        return dict(prompt=prompt, response=story["text"].partition("\n\n")[0])
+        return [dict(prompt=prompt, response=story["text"].partition("\n\n")[0])]
 
     def open(self, run, config: Config, tokenizer, parts=None) -> Config:
         """parts: the rows (dicts of columns) to learn from, and those held out -> config."""

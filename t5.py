@@ -15,21 +15,19 @@ source (cross-attention). Nothing marks positions; instead, the scores of self-a
 learned bias for how far apart two tokens are (those of cross-attention get none). Norms only scale,
 and no layer has a bias of its own.
 
-    python t5.py                                    train on input.txt: 4 to 5 minutes on a laptop
+    python t5.py                                    train on input.txt: a few minutes on a laptop
     python t5.py generate --prompt "The cat sat on the <extra_id_0>."         fill the gaps
     python t5.py eval                               the loss, and how many tokens of spans are right
-    python t5.py finetune                           learn to give a story a title
-    python t5.py finetune --data texts.csv          or your sources and targets
+    python t5.py finetune                           learn to restore capitals and punctuation
+    python t5.py finetune --data topics             or to tell what a story is about
     python t5.py generate --init_from t5-small      the published weights (or those in a folder)
-    python t5.py export --to FOLDER                 what was trained, for transformers
-    python t5.py --help                             every flag; also: bench
+    python t5.py --help                             every command and flag
 
 The lesson of this file is how source and target find each other: see `T5.init_attention`. It reads
 from top to bottom: 1 this page, 2 the configuration, 3 layers, 4 the model, 5 pretraining,
-6 fine-tuning, 7 published weights, 9 training (8 is GPT's alone). Copied alone into a project, it
-still gives `from t5 import T5, T5Config`; its commands need bpe.py (tokenizers) and data.py (files,
-flags, log) beside it. To learn, change things: `--mean_span 1` (is that easier?), `--corruption
-bernoulli`, `--act gated-gelu --tie false` (version 1.1); leave half of `init_attention` out.
+6 fine-tuning, 7 published weights, 9 training (8 is GPT's alone). Copied alone, it gives `T5` and
+`T5Config`; its commands need bpe.py and data.py beside it. To learn, change: `--mean_span 1` (is
+that easier?), `--act gated-gelu --tie false` (version 1.1); leave half of `init_attention` out.
 
 Papers: Raffel et al. 2020, https://arxiv.org/abs/1910.10683 (T5); Shazeer 2020,
 https://arxiv.org/abs/2002.05202 (gated feed-forwards); Vaswani et al. 2017,
@@ -121,7 +119,8 @@ FINETUNING = {
     "laptop": dict(epochs=6.0, batch_size=16, optimizer="adamw", lr=0.002),
     "published": dict(epochs=3.0, batch_size=8, optimizer="adamw", lr=1e-4, warmup_steps=50,
                       weight_decay=0.01),  # for models 512 wide and more
-    "stories": dict(drop_prob=0.5),  # without --data
+    "": dict(epochs=1.0, source_length=64, target_length=64, eval_interval=400),
+    "topics": dict(epochs=12.0, drop_prob=0.3, source_length=128, target_length=4, patience=4),
 }
 
 # 3. Layers, from the bottom up --------------------------------------------------------------------
@@ -466,8 +465,7 @@ class T5(nn.Module):
         top_k, top_p: see `sample`; beams > 1: see `beam_search`, which does without these three.
         Raises ValueError for other shapes. The model is left in evaluation mode."""
         if src.ndim != 2 or not src.numel() or max_new_tokens < 1:
-            raise ValueError(
-                f"src has to be (B, S), not {tuple(src.shape)}, and max_new_tokens at least 1")
+            raise ValueError(f"src {tuple(src.shape)} is no (B, S), or max_new_tokens below 1")
         self.eval()  # no dropout
         if beams > 1:
             return beam_search(self, src, max_new_tokens, beams, src_mask)
@@ -639,8 +637,8 @@ class Pretraining:
         check(self, block_size=2, noise_density=(0.001, 0.999), mean_span=1)
         spans = self.counts(self.block_size)[1]
         if spans > len(SENTINELS):
-            raise ValueError(f"{self.block_size} tokens have {spans} spans, and there are 100 "
-                             "sentinels: take a smaller --block_size or a larger --mean_span")
+            raise ValueError(f"{spans} spans in {self.block_size} tokens are more than 100: take a "
+                             "smaller --block_size or a larger --mean_span")
 
     def open(self, run, config: Config, tokenizer, corpus=None) -> Config:
         """Remember what prompts depend on; to train or evaluate, take a text, see data.Corpus
@@ -738,7 +736,7 @@ class Pretraining:
         """The mean loss, and in evaluation measures, each a pair of sums: span_accuracy counts the
         tokens that were cut out, but no sentinels and no </s>."""
         logits, loss = model(batch["src"], batch["tgt"], batch.get("src_mask"))
-        if "in_span" not in batch:
+        if "in_span" not in batch:  # (in training)
             return loss, {}
         right = (logits.argmax(dim=-1) == batch["tgt"]) & batch["in_span"]  # (B, T)
         return loss, dict(span_accuracy=(right.sum(), batch["in_span"].sum()))
@@ -789,8 +787,8 @@ def pad_sources(sources: list, targets: list, pad) -> dict:
 
 @dataclass
 class Finetuning:
-    """Turn a source into a target: text to text, whatever the task; a prefix such as "summarize: "
-    tells which one (Raffel, 2.4). (Methods without a text are those of Pretraining.)"""
+    """Turn a source into a target; a prefix such as "summarize: " tells which task it is (Raffel,
+    2.4). (Methods without a text are those of Pretraining.)"""
 
     task_prefix: str = ""  # what stands before each source
     source_length: int = 512  # tokens of a source that are kept, </s> included
@@ -799,14 +797,19 @@ class Finetuning:
     beams: int = 1  # how many beginnings are followed at once where targets are written to compare
 
     columns, optional = ("source", "target"), ()
+    demonstrations = ("", "topics")  # what --data can be beside a table: see `from_story`
 
     def __post_init__(self):
         check(self, source_length=2, drop_prob=(0, 1), target_length=2, beams=1)
 
     @staticmethod
-    def from_story(story: dict) -> dict:
-        """The demonstration: a story -> its title."""
-        return dict(source=story["text"], target=story["title"])
+    def from_story(story: dict, source: str) -> list[dict]:
+        """A sentence without capitals and punctuation -> the sentence; or a story -> its topic."""
+        if source == "topics":
+            return [dict(source=f"topic: {story['text']}", target=story["topic"])]
+        sentences = re.split(r'(?<=[.!?"])\s+(?=["A-Z])', story["text"])
+        return [dict(source="restore: " + re.sub("[^a-z' ]", "", sentence.lower()), target=sentence)
+                for sentence in sentences if 20 <= len(sentence) <= 150 and "\n" not in sentence]
 
     def open(self, run, config: Config, tokenizer, parts=None) -> Config:
         """parts: the rows (dicts of columns) to learn from, and those held out -> config."""
@@ -932,10 +935,8 @@ def to_published(config: Config) -> dict:
 
 
 def from_published(found: dict, names) -> Config:
-    """What `config.json` says, and the names of the weights -> our settings.
-
-    A file with a head of its own is of a model that is not tied, unless the settings of an older
-    version of `transformers` say that it is only a copy."""
+    """What `config.json` says, and the names of the weights -> our settings. A file with its own
+    head is not tied, unless an older `transformers` says that it is only a copy."""
     said, newer = found.get("tie_word_embeddings", True), "scale_decoder_outputs" in found
     pad_id = found.get("pad_token_id", 0)
     if found.get("decoder_start_token_id", pad_id) != pad_id:

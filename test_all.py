@@ -2215,11 +2215,12 @@ def test_published_folders_that_are_something_else(name, content, match, exporte
 
 @pytest.mark.parametrize("script, settings, match", [
     (bert, dict(problem_type="multi_label_classification"), "problem_type"),
-    (bert, dict(problem_type="regression"), "problem_type"), (bert, dict(num_labels=1), "num_labels"),
+    (bert, dict(problem_type="regression"), "problem_type"),
+    (bert, dict(num_labels=1), "num_labels"),
     (bert, dict(hidden_act="relu"), "hidden_act"), (bert, dict(layer_norm_eps=1e-5), "layer_norm"),
     (t5, dict(dense_act_fn="silu"), "dense_act_fn"),
     (t5, dict(feed_forward_proj="gated-silu"), "feed_forward_proj")])
-def test_settings_that_would_change_the_numbers_are_named(script, settings, match, exported, capsys):
+def test_settings_that_change_the_numbers_are_named(script, settings, match, exported, capsys):
     shutil.copytree(exported(script), "folder")
     config = json.loads(Path("folder/config.json").read_text()) | settings
     put("folder/config.json", json.dumps(config))
@@ -2241,8 +2242,8 @@ def test_berts_of_others_without_a_head_and_for_pairs(exported, stories, capsys)
     shutil.copytree("bare", "labels")
     weights |= {"classifier.weight": torch.ones(2, 32), "classifier.bias": torch.ones(2)}
     write_safetensors("labels/model.safetensors", weights)
-    for second in [], ["--prompt_b", "Two."]:
-        shown = printed(bert, capsys, "generate", "--init_from", "labels", "--prompt", "One.", *second)
+    for texts in ["One."], ["One.", "--prompt_b", "Two."]:
+        shown = printed(bert, capsys, "generate", "--init_from", "labels", "--prompt", *texts)
         assert shown.split() == ["LABEL_0", "50.0", "%", "LABEL_1", "50.0", "%"]
 
 
