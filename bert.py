@@ -168,24 +168,6 @@ def rotate(x, turns):
     return torch.cat((left * cos - right * sin, left * sin + right * cos), dim=-1)
 
 
-def look_at(distance, query, key, base: float) -> None:
-    """Let heads begin by looking `distance` (nh,) tokens further, where positions are sinusoids
-    p(t) of this base. query, key (nh * hd, C): the weights of a block, which are set.
-
-    d tokens further, pair i of the numbers in p turns by the angle d / base^(2i / C) (Vaswani 3.5).
-    So if W_k is W_q with its pairs of columns turned by these angles, W_k p(t + d) = W_q p(t).
-    """
-    C, hd = query.size(1), len(query) // len(distance)
-    # A score sums C * hd products, and is divided by sqrt(hd): about 7 where query and key fit
-    # (5 or 6 with tokens mixed in: half of the weight lies within two tokens of t + d).
-    nn.init.normal_(query, std=(7 / C / hd**0.5) ** 0.5)
-    angle = distance.repeat_interleave(hd)[:, None] * base ** (-torch.arange(0, C - 1, 2) / C)
-    sine, cosine = query[:, 0 : C - 1 : 2], query[:, 1::2]  # (nh * hd, C / 2)
-    key.copy_(query)
-    key[:, 0 : C - 1 : 2] = sine * angle.cos() + cosine * angle.sin()
-    key[:, 1::2] = cosine * angle.cos() - sine * angle.sin()
-
-
 def padding_bias(mask):
     """mask (B, S) bool, True for a real token -> (B, 1, 1, S), to be added to scores: 0 or -inf."""
     bias = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask.bool(), -math.inf)
@@ -297,9 +279,8 @@ class BERT(nn.Module):
         self.init_attention()
         self.head.weight = self.token_embedding.weight
         for name, layer in self.named_children() if config.n_embd < 512 else ():
-            # Heads that begin near zero ask a small model's [CLS] for nothing, for thousands of
-            # steps. Large scores have to be put right by the layers below; these take hundreds of
-            # steps until they can, and till then the head must not become small.
+            # A head near zero asks a small model's [CLS] for nothing, for thousands of steps. Large
+            # scores have to be put right by the layers below. Till these can, it must not shrink.
             if name in ("pooler", "pair_head", "label_head"):
                 std = config.n_embd**-0.5 if name == "pooler" else 1.0
                 nn.init.normal_(layer.weight, std=std)
@@ -326,30 +307,40 @@ class BERT(nn.Module):
         With positions drawn at random, attention begins even over the whole sequence. A neighbour
         is then a 128th of what a token gets to see, and of what the gradient says: the model learns
         how often tokens occur (a loss of 5.4 at 1,024 types), and for thousands of steps no more.
-        The cure changes neither a shape nor a formula. Positions begin as sinusoids, and the first
-        block's heads by looking at the tokens -1, 1, -2, 2, ... further (see `look_at`); deeper
-        blocks begin with an even view of everything. All sublayers begin with an output of zero, so
-        that positions reach each block unharmed.
+        The cure changes neither a shape nor a formula. Positions start as sinusoids p(t): there, d
+        steps further means that pair i of the numbers turns by the angle d / base^(2i / C)
+        (Vaswani, 3.5). So a head's map for queries W_q, its pairs of columns turned by the same
+        angles, is a map for keys W_k with W_k p(t + d) = W_q p(t): the query at t fits the key at
+        t + d. In the first block, the heads begin with d = -1, 1, -2, 2, ...; deeper blocks with an
+        even view of everything. All sublayers begin with an output of zero, so that positions
+        reach each block unharmed.
         """
+        C, base = self.config.n_embd, self.config.block_size
+        hd = C // self.config.n_head
         for block in self.blocks:
             nn.init.zeros_(block.attn.proj.weight)
             nn.init.zeros_(block.mlp.down.weight)
         if self.config.pos == "learned":
             self.position_embedding.weight.copy_(self.first_positions())
-        head = torch.arange(self.config.n_head)
+        query, key, _ = self.blocks[0].attn.qkv.weight.chunk(3)  # (C, C) each
+        # A score sums C * hd products, and is divided by sqrt(hd): about 7 where query and key fit
+        # (5 or 6 with tokens mixed in: half of the weight lies within two tokens of t + d).
+        nn.init.normal_(query, std=(7 / C / hd**0.5) ** 0.5)
+        head = torch.arange(self.config.n_head).repeat_interleave(hd)  # (C,)
         distance = (head // 2 + 1) * (2 * (head % 2) - 1)  # -1, 1, -2, 2, ...: one for each head
         if self.config.pos == "rotary":
             distance = 0 * distance  # no positions in x: there a query looks for its like
-        query, key, _ = self.blocks[0].attn.qkv.weight.chunk(3)  # (C, C) each
-        look_at(distance, query, key, self.config.block_size)
+        angle = distance[:, None] * base ** (-torch.arange(0, C - 1, 2) / C)  # (C, C / 2)
+        key.copy_(query)
+        sine, cosine = query[:, 0 : C - 1 : 2], query[:, 1::2]
+        key[:, 0 : C - 1 : 2] = sine * angle.cos() + cosine * angle.sin()
+        key[:, 1::2] = cosine * angle.cos() - sine * angle.sin()
 
     def encode(self, idx, segments=None, mask=None, at=None):
         """idx (B, T) int64 -> hidden (B, T, C), or with `at` (N,), places b * T + t, only (N, C).
 
-        segments (B, T) int64: 0 in segment A, 1 in B; without it all are 0. mask (B, T) bool: True
-        for a real token, False for padding, which no token attends to. Raises ValueError where T
-        exceeds block_size.
-        """
+        segments (B, T) int64: 0 in segment A, 1 in B; without it all are 0. mask (B, T) bool: False
+        for padding, which no token attends to. Raises ValueError where T exceeds block_size."""
         config, T = self.config, idx.size(1)
         if T > config.block_size:
             raise ValueError(f"{T} tokens are more than block_size {config.block_size}")
@@ -369,8 +360,7 @@ class BERT(nn.Module):
         """idx (B, T) int64 -> mlm_logits (B, T, V), nsp_logits (B, 2), or None without that head.
 
         at (N,) int64: the places b * T + t whose logits are asked for; mlm_logits are (N, V) then.
-        nsp_logits: "B continues A", "B is from elsewhere". segments, mask: see `encode`.
-        """
+        nsp_logits: "B continues A", "B is from elsewhere". segments, mask: see `encode`."""
         first = torch.arange(len(idx), device=idx.device) * idx.size(1)  # (B,): [CLS]'s places
         if at is None:
             hidden = self.encode(idx, segments, mask)  # (B, T, C)
@@ -456,8 +446,7 @@ class GenerateConfig:
 
 @dataclass
 class Pretraining:
-    """What to learn from: pairs of segments in which tokens are hidden. Section 9 knows it by these
-    methods alone, so another class that has them is all it takes to learn from something else."""
+    """What to learn from: pairs of segments with hidden tokens. (9 says what it asks of one.)"""
 
     mask_prob: float = 0.15  # share of a sequence's tokens that are asked for
     short_prob: float = 0.1  # share of batches that have a random, shorter length
@@ -471,8 +460,7 @@ class Pretraining:
 
         documents[part] (n, 2): where each begins and ends in the part. A single one is cut into
         several: a foreign B has to come from another. windows[part] (n,): the windows that they
-        have, at most `room` tokens each, up to the end of each document.
-        """
+        have, at most `room` tokens each, up to the end of each document."""
         from data import Batches
 
         self.run, self.T, self.nsp, self.tokenizer = run, config.block_size, config.nsp, tokenizer
@@ -492,8 +480,7 @@ class Pretraining:
             self.documents[part], sizes = spans, np.diff(spans)[:, 0]
             self.windows[part] = (-(-sizes // self.room)).cumsum()  # rounded up
             if sizes.sum() < self.T:
-                raise ValueError(f"{corpus}: too short for sequences of {self.T}; give more text, "
-                                 "or a smaller --block_size")
+                raise ValueError(f"{corpus}: too short; give more text or a smaller --block_size")
         document = self.document("train", np.arange(self.windows["train"][-1]))
         self.order = Batches(np.diff(self.documents["train"])[document, 0].clip(max=self.room))
         self.rows = len(document)
@@ -604,8 +591,7 @@ class Pretraining:
 
     def loss(self, model: Model, batch: dict):
         """The losses (2,), and in evaluation measures, each a pair of sums."""
-        batch = {"mask": None} | batch
-        losses, mlm_logits, targets, nsp_logits = model.losses(**batch)
+        losses, mlm_logits, targets, nsp_logits = model.losses(**{"mask": None} | batch)
         if model.training:
             return losses, {}
         right, n = mlm_logits.argmax(dim=-1) == targets, (targets != -100).sum()
@@ -722,8 +708,7 @@ class Finetuning:
         """-> a batch: idx, segments (B, T), labels (B,) int64, and mask (B, T) bool if rows differ.
 
         A text that does not fit is cropped: to its beginning, or for training, with a generator, to
-        a window at random. Then mask_prob of its tokens become [MASK]: no word can be relied on.
-        """
+        a window at random. Then mask_prob of its tokens become [MASK]."""
         from data import pad
 
         rows, segments = [], []
@@ -757,9 +742,7 @@ class Finetuning:
         """The mean loss, and in evaluation accuracy, and the labels' F1, whose mean (macro F1) lets
         rare labels count as much as frequent ones: 2 right / (times it is true + it is guessed).
 
-        Smoothed answers keep few examples from making a model too sure (Szegedy et al. 2016,
-        https://arxiv.org/abs/1512.00567, 7).
-        """
+        Smoothing: few examples are to make no model too sure (Szegedy et al. 2016, 7)."""
         scores = model.classify(batch["idx"], batch["segments"], batch.get("mask")).float()
         truth, guess, n = batch["labels"], scores.argmax(dim=-1), len(self.labels)
         loss = F.cross_entropy(scores, truth,

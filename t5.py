@@ -105,7 +105,6 @@ PRESETS = {  # sizes, and what goes with them in training; the first is the defa
                    max_steps=2250, batch_size=32, lr=0.005, log_interval=50, eval_interval=750),
     "t4": dict(vocab_size=8192, n_layer=6, n_head=8, n_embd=512,  # for the GPU of that name
                block_size=256, max_steps=10000, batch_size=64, log_interval=50, eval_interval=500),
-    # 60 M, 220 M and 770 M parameters; those of version 1.1: 77 M and 250 M.
     "t5-small": dict(vocab_size=32128, n_layer=6, n_head=8, n_embd=512, block_size=512),
     "t5-base": dict(vocab_size=32128, n_layer=12, n_head=12, n_embd=768, block_size=512),
     "t5-large": dict(vocab_size=32128, n_layer=24, n_head=16, n_embd=1024, block_size=512),
@@ -625,8 +624,7 @@ def gap_contents(target: list[int], sentinels, eos_id: int) -> dict[int, list[in
 
 @dataclass
 class Pretraining:
-    """What to learn from: windows of a text out of which spans are cut. Section 9 knows it by these
-    methods alone, so another class that has them is all it takes to learn from something else."""
+    """What to learn from: windows with spans cut out. (Section 9 says what it asks of a class.)"""
 
     block_size: int = 128  # tokens of a text before anything is cut out
     noise_density: float = 0.15  # share of the tokens that is cut out
