@@ -2249,7 +2249,7 @@ def test_berts_of_others_without_a_head_and_for_pairs(exported, stories, capsys)
 
 # The house ----------------------------------------------------------------------------------------
 
-MOST_LINES = dict(gpt=1000, bert=1080, t5=1180, bpe=600, data=1363, test_all=2300)
+MOST_LINES = dict(gpt=1000, bert=1080, t5=1180, bpe=600, data=1363, test_all=2448)
 MODEL_FILES = "gpt", "bert", "t5"
 
 
@@ -2391,7 +2391,7 @@ def test_the_readme_s_commands_run(what_the_readme_names, capsys):
     for line in itertools.chain.from_iterable(map(str.splitlines, blocks("sh"))):
         match = re.match(r"python (gpt|bert|t5)\.py *(.*)", line)
         if not match:
-            assert re.match(r"torchrun |pip |pytest |diff |[A-Z_]+=\d+ pytest", line), line
+            assert re.match(r"torchrun |pip |pytest |diff |$", line), line
             continue
         script, words = SCRIPTS[match[1]], shlex.split(match[2], comments=True)
         if "--help" in words:
@@ -2411,7 +2411,7 @@ def test_the_readme_s_commands_run(what_the_readme_names, capsys):
 def test_the_readme_s_examples_run(what_the_readme_names):
     run(gpt, *in_small(gpt, []))
     examples = blocks("python")
-    assert len(examples) > 4
+    assert len(examples) > 2
     for example in examples:
         exec(compile(re.sub(r"\brange\(\d+\)", "range(2)", example), "README.md", "exec"), {})
 
