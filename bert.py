@@ -985,7 +985,7 @@ def evaluate(model, task, rows: int, autocast, most: int | None = None) -> dict[
         with autocast:
             loss, measures = task.loss(model, {name: x.to(device) for name, x in batch.items()})
         for name, pair in ({"val_loss": (loss * asked, asked)} | measures).items():
-            pair = torch.stack([torch.as_tensor(x).double().cpu() for x in pair])
+            pair = torch.stack([torch.as_tensor(x).cpu().double() for x in pair])
             sums[name] = sums.get(name, 0) + pair
     figures = {name: over / under for name, (over, under) in sums.items()}
     # BERT's loss has parts, which add up; its macro F1, a value for each label: their mean.
