@@ -437,7 +437,7 @@ def continuations(model: Model, tokenizer, prompt: str, ids: list[int], options:
         return
     yield prompt
     decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a token may end inside a character
-    for token in map(torch.Tensor.tolist, columns):
+    for token in (column.tolist() for column in columns):  # (waits for the device, once)
         yield decoder.decode(tokenizer.decode_bytes([] if token == [end] else token))
     yield decoder.decode(b"", final=True)
 
