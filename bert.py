@@ -90,7 +90,7 @@ class BERTConfig:
         check(self, vocab_size=1, block_size=8, n_layer=1, n_head=1, n_embd=1, n_ff=1,
               dropout=(0, 1), n_segments=1, n_labels=0)
         if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd {self.n_embd} is no multiple of n_head {self.n_head}")
+            raise ValueError(f"change n_embd {self.n_embd}: no multiple of n_head {self.n_head}")
         width = self.n_embd // self.n_head
         if self.pos == "rotary" and width % 2:
             raise ValueError(f"rotary positions turn pairs: n_embd / n_head, here {width}, is odd")
@@ -446,7 +446,7 @@ class GenerateConfig:
 
 @dataclass
 class Pretraining:
-    """What to learn from: pairs of segments with hidden tokens. (9 says what it asks of one.)"""
+    """What to learn from: pairs of segments with hidden tokens. (Section 9 says what it needs.)"""
 
     mask_prob: float = 0.15  # share of a sequence's tokens that are asked for
     short_prob: float = 0.1  # share of batches that have a random, shorter length

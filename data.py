@@ -198,7 +198,7 @@ def files_of(path: Path) -> list[Path]:
             if x.is_file() and not (x.name == "log.jsonl" and x.with_name("run.json").exists())]
 
 
-def pieces(path: Path, members: str = r"(?i)(?!(.*/)?(\.|__MACOSX)).*\.txt"):  # no hidden ones
+def pieces(path: Path, members: str = r"(?i)(?!(.*/)?(\.[^/]|__MACOSX)).*\.txt"):  # no hidden ones
     """Yield the text of a file, or of those in a folder, in pieces of about PIECE characters that
     can be tokenized apart: cut behind a separator, else where white space follows a word."""
     rest, word = "", re.compile(r".*[!-~](?=\s)", re.DOTALL)
@@ -528,9 +528,10 @@ def word_overlap(written: str, truth: str) -> dict[str, float]:
         before, longest = longest, [0]
         for j, other in enumerate(theirs):
             longest.append(before[j] + 1 if word == other else max(before[j + 1], longest[j]))
-    a, b = (Counter(words) - Counter(a=99, an=99, the=99) for words in (ours, theirs))
-    return dict(token_f1=2 * (a & b).total() / max(a.total() + b.total(), 1),  # &: the smaller
-                rouge_l=2 * longest[-1] / max(len(ours) + len(theirs), 1))
+    a, b = (Counter(x for x in words if x not in {"a", "an", "the"}) for words in (ours, theirs))
+    common = dict(token_f1=((a & b).total(), a.total() + b.total()),  # & keeps the smaller counts
+                  rouge_l=(longest[-1], len(ours) + len(theirs)))
+    return {name: 2 * n / words if words else 1.0 for name, (n, words) in common.items()}
 
 
 # 4. Weight files: published models come in, ours go out -------------------------------------------
@@ -715,7 +716,6 @@ class Log:
         self.run, self.path, self.rows = run, Path(run.out_dir) / "log.jsonl", []
         self.pending = [(torch.tensor(loss), n) for loss, n in state["pending"]] if state else []
         self.step = begin = state["step"] if state else 0  # of the last line
-
         if begin and self.path.exists():  # (a line that a crash cut short has no end)
             lines = self.path.read_text("utf-8", "replace").rpartition("\n")[0].splitlines()
             rows = (json.loads(line) for line in lines if re.fullmatch(r'\{.*"step": .*\}', line))
@@ -757,7 +757,6 @@ class Log:
         speed, left = sum(tokens) / seconds, (self.run.max_steps - step) * seconds / len(losses)
         self.step, self.pending, loss = step, [], sum(losses) / len(losses)
         self.write(step=step, loss=loss, lr=rate * self.run.lr, tokens_per_second=round(speed))
-
         say(f"step {step}/{self.run.max_steps}  loss {loss:.3f}  {speed:,.0f} tokens/s  "
             f"{left // 60:.0f}:{left % 60:02.0f} left ", end="\r" if sys.stderr.isatty() else "\n")
 

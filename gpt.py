@@ -90,7 +90,7 @@ class GPTConfig:
         check(self, vocab_size=1, block_size=1, n_layer=0, n_head=1, n_embd=1, n_ff=0, head_dim=1,
               value_dim=1, dropout=(0, 1))
         if self.head_dim is None and self.n_embd % self.n_head:
-            raise ValueError(f"n_embd {self.n_embd} is no multiple of n_head {self.n_head}")
+            raise ValueError(f"change n_embd {self.n_embd}: no multiple of n_head {self.n_head}")
         width = self.head_dim or self.n_embd // self.n_head
         if self.pos == "rotary" and width % 2:
             raise ValueError(f"rotary positions turn pairs: head_dim, here {width}, has to be even")

@@ -92,7 +92,7 @@ class T5Config:
         check(self, vocab_size=1, n_layer=1, n_head=1, n_embd=1, n_ff=1, head_dim=1, dropout=(0, 1),
               n_decoder_layer=1, pad_id=ids, eos_id=ids)
         if self.head_dim is None and self.n_embd % self.n_head:
-            raise ValueError(f"n_embd {self.n_embd} is no multiple of n_head {self.n_head}")
+            raise ValueError(f"change n_embd {self.n_embd}: no multiple of n_head {self.n_head}")
         if self.n_buckets < 4 or self.n_buckets % 2 or self.max_distance <= self.n_buckets // 2:
             raise ValueError("n_buckets has to be even and at least 4, max_distance more than half "
                              f"of it: {self.n_buckets} and {self.max_distance} are not")
@@ -387,8 +387,8 @@ class T5(nn.Module):
 
         AdamW's steps do not depend on how large a weight is, so embeddings 20 to 50 times as large
         as other models' change too slowly. (The paper's Adafactor makes steps in proportion, 3.1.2;
-        here their learning rate is ten times as high.) That is one of two reasons why "T5 does not
-        converge with AdamW"; the other: `init_attention`.
+        here their learning rate is ten times as high.) That is one of two reasons why a T5 learns
+        slowly with AdamW; the other: `init_attention`.
         """
         if isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight)

@@ -2083,8 +2083,8 @@ def test_folders_and_archives_are_read_as_one_would_expect(capsys):
     for link, target in ("b/loop", ".."), ("twice.txt", "a.txt"), ("broken.txt", "nowhere"):
         Path("folder", link).symlink_to(target)
     with tarfile.open("all.tar.gz", "w:gz") as archive:
-        for name in "._a.txt", "a.TXT", "b/c.txt", "__MACOSX/a.txt", "b/.d/e.txt":
-            raw = f"\ufeffText {name.lower()}.".encode()
+        for name in "./._a.txt", "./a.TXT", "b/c.txt", "__MACOSX/a.txt", "b/.d/e.txt":
+            raw = f"\ufeffText {name.lower().removeprefix('./')}.".encode()
             member = tarfile.TarInfo(name)
             member.size = len(raw)
             archive.addfile(member, io.BytesIO(raw))
@@ -2249,7 +2249,7 @@ def test_berts_of_others_without_a_head_and_for_pairs(exported, stories, capsys)
 
 # The house ----------------------------------------------------------------------------------------
 
-MOST_LINES = dict(gpt=1000, bert=1080, t5=1180, bpe=600, data=1363, test_all=2448)
+MOST_LINES = dict(gpt=1000, bert=1080, t5=1180, bpe=600, data=1362, test_all=2448)
 MODEL_FILES = "gpt", "bert", "t5"
 
 
