@@ -145,10 +145,9 @@ def find_source(name: str) -> list[Path]:
     """Where a source (a key of NAMED, a URL, a file or a folder) is: its training part, and its
     validation part if it has one. Raises OSError or ValueError if there is none."""
     if name in NAMED or re.match(r"https?://", name):
-        urls = NAMED.get(name, [name])
-        keys = [hashlib.sha256(url.encode()).hexdigest()[:16] for url in urls]
-        own = [url.partition("?")[0].rpartition("/")[2] or "text" for url in urls]
-        return [download(url, cache_folder() / key / x) for url, key, x in zip(urls, keys, own)]
+        return [download(url, cache_folder() / hashlib.sha256(url.encode()).hexdigest()[:16]
+                         / (url.partition("?")[0].rpartition("/")[2] or "text"))
+                for url in NAMED.get(name, [name])]
     for path in Path(name), Path(__file__).parent / name:  # input.txt, from another folder
         if path.exists():
             return [path]
@@ -253,14 +252,10 @@ def encode_piece(path: str, separator: str, piece: str) -> np.ndarray:
 
 def parallel(function, jobs):
     """Yield (part, function(piece)) of all jobs (part, piece) in order, computed by all cores."""
-    first, waiting = list(itertools.islice(jobs, 3)), []
-    jobs = itertools.chain(first, jobs)
-    if len(first) < 3 or "fork" not in multiprocessing.get_all_start_methods():
-        yield from ((part, function(piece)) for part, piece in jobs)
-        return
     # Forked, a process has bpe.py already, and does not run the user's script again.
-    fork, ignore = multiprocessing.get_context("fork"), (signal.SIGINT, signal.SIG_IGN)
-    with ProcessPoolExecutor(None, fork, signal.signal, ignore) as pool:
+    how = multiprocessing.get_context("fork" if hasattr(os, "fork") else None)
+    waiting, ignore = [], (signal.SIGINT, signal.SIG_IGN)
+    with ProcessPoolExecutor(None, how, signal.signal, ignore) as pool:
         for part, piece in jobs:
             waiting.append((part, pool.submit(function, piece)))
             if len(waiting) > os.cpu_count() + 1:  # no more are in memory
@@ -277,11 +272,12 @@ class Corpus:
     tokenizer: Tokenizer
     train: np.ndarray  # (n,)
     validation: np.ndarray  # (m,)
-    documents: int  # in both parts together; 1 for a text that is one stream
     separator: int  # the token before, between and after documents
 
     def __str__(self) -> str:
-        return (f"documents: {self.documents:,}; {len(self.train):,} tokens to train on, "
+        edges = sum(len(self.edges(part)) for part in PARTS)  # n documents have n + 1, in each part
+        documents = edges - 2 if edges > 4 else 1  # a stream is one
+        return (f"documents: {documents:,}; {len(self.train):,} tokens to train on, "
                 f"{len(self.validation):,} to validate; vocabulary: {self.tokenizer.vocab_size:,}")
 
     def edges(self, part: str) -> np.ndarray:
@@ -313,15 +309,15 @@ def prepare(source: str, vocab_size: int, special_tokens, separator: str, tokeni
         make_corpus(source, folder, vocab_size, special_tokens, separator, tokenizer)
     if local == 0 and ranks()[1] > 1:
         torch.distributed.barrier()
-    facts = read_object(folder / "corpus.json")
-    train, validation = (np.asarray(np.memmap(folder / f"{part}.bin", facts["dtype"], "r"))
-                         for part in PARTS)  # (asarray: a plain array on the same map is faster)
+    # A file's name ends in its dtype. (asarray: a plain array on the same map is faster.)
+    train, validation = (np.asarray(np.memmap(path, path.suffix[1:], "r"))
+                         for path in sorted(folder.glob("*.uint*")))
     tokenizer = tokenizer or Tokenizer.load(folder / "tokenizer.json")
-    return Corpus(tokenizer, train, validation, facts["documents"], tokenizer.special[separator])
+    return Corpus(tokenizer, train, validation, tokenizer.special[separator])
 
 
 def make_corpus(source, folder: Path, vocab_size, special_tokens, separator, tokenizer) -> None:
-    """Make the folder with tokenizer.json, train.bin, validation.bin and corpus.json."""
+    """Make the folder with tokenizer.json, and the tokens as train.uint16, validation.uint16."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as making:
         if tokenizer is None:
@@ -333,17 +329,13 @@ def make_corpus(source, folder: Path, vocab_size, special_tokens, separator, tok
         dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
         encode = functools.partial(encode_piece, f"{making}/tokenizer.json", separator)
         edge = np.array([tokenizer.special[separator]])
-        ends, last, edges = [(part, edge) for part in PARTS], {}, 0
+        ends, last = [(part, edge) for part in PARTS], {}
         for part, ids in itertools.chain(ends, parallel(encode, parts(source)), ends):
             before = np.concatenate((last.get(part, ~edge), ids))[:-1]  # the token before each
             ids = ids[(ids != edge) | (before != edge)]  # no two separators in a row
             last[part] = ids[-1:] if len(ids) else last[part]
-            edges += int((ids == edge).sum())
-            with open(f"{making}/{part}.bin", "ab") as file:
+            with open(f"{making}/{part}.{dtype}", "ab") as file:
                 file.write(ids.astype(dtype).tobytes())
-        # n documents have n + 1 separators around them, in each part; a stream is one document.
-        facts = dict(dtype=dtype, documents=edges - 2 if edges > 4 else 1)
-        Path(making, "corpus.json").write_text(json.dumps(facts), "utf-8")
         os.replace(making, folder)
 
 
@@ -400,10 +392,10 @@ def task_rows(task, source: str) -> list[list[dict]]:
                  for row in task.from_story(it.groupdict(), source)] for part in PARTS]
     path = find_source(source)[0]
     if source == "imdb":
-        labelled = REVIEW.replace("|unsup", "")
-        found = [[dict(text=text, label=name.split("/")[2], place=name) for name, text
-                  in archive_texts(path, labelled.format(folder))] for folder in ("train", "test")]
-        return [check_rows(rows, source, task) for rows in found]
+        named = [archive_texts(path, REVIEW.replace("|unsup", "").format(folder))
+                 for folder in ("train", "test")]
+        return [check_rows([dict(text=text, label=name.split("/")[2], place=name)
+                            for name, text in part], source, task) for part in named]
     if path.is_dir():
         tables = {x.stem.lower(): x for x in path.iterdir() if x.suffix.lower() in TABLES}
         held_out = ("valid", "validation", "test")
@@ -489,9 +481,9 @@ class Examples(Batches):
     """Rows and their encoded form, encode(row) -> a dict with its `length`; and batches of them."""
 
     def __init__(self, rows: list[dict], encode):
-        self.rows, self.encoded = rows, [encode(row) for row in rows]
         if not rows:
             raise ValueError("no examples are left to learn from, or to hold out")
+        self.rows, self.encoded = rows, [encode(row) for row in rows]
         super().__init__([example["length"] for example in self.encoded])
 
     def describe(self, held_out: "Examples") -> str:
@@ -558,17 +550,12 @@ def pretrained_folder(name_or_folder) -> Path:
 
     def get(file: str) -> Path | None:
         try:
-            path = download(f"{hub}/{file}", folder / file, os.environ.get("HF_TOKEN", "").strip())
+            return download(f"{hub}/{file}", folder / file, os.environ.get("HF_TOKEN", "").strip())
         except FileNotFoundError as error:
             if error.errno == 404 and file != "config.json":
                 return None  # (401 is also how the hub hides that there is none)
             raise OSError(f"no {file} of {name} is here or on the hub, it answered {error.errno}: "
                           "check the spelling; if it is private, set HF_TOKEN") from None
-        with open(path, "rb") as found:
-            if not re.match(rb"\s*<(!doctype )?html", found.read(99), re.IGNORECASE):
-                return path
-        path.unlink()
-        raise OSError(f"{hub} gave a web page instead of {file}: try again later")
 
     get("config.json")
     get("tokenizer_config.json")
@@ -585,8 +572,8 @@ def weight_files(get) -> list[Path]:
         if whole := get(file):
             return [whole]
         if index := get(f"{file}.index.json"):
-            names = {Path(x).name for x in read_object(index).get("weight_map", {}).values()}
-            return [path for name in sorted(names) if (path := get(name))]
+            names = {Path(name).name for name in read_object(index)["weight_map"].values()}
+            return list(filter(None, map(get, sorted(names))))
     return []
 
 
@@ -604,25 +591,22 @@ def stored_weights(folder: Path) -> dict[str, torch.Tensor]:
     then those bytes, which stay on the disk until they are used."""
     tensors = {}
     for path in weight_files(lambda file: next(folder.glob(file), None)):
-        try:
-            if path.suffix == ".bin":
-                tensors |= torch.load(path, map_location="cpu", weights_only=True)
-                continue
-            content = np.memmap(path, np.uint8, "c")
-            start = 8 + int.from_bytes(content[:8].tobytes(), "little")  # where the tensors begin
-            header = json.loads(content[8:start].tobytes())
-            for name in header.keys() - {"__metadata__"}:
-                begin, end = header[name]["data_offsets"]
-                raw = torch.from_numpy(content[start + begin : start + end])  # (bytes,) uint8
-                tensors[name] = raw.view(DTYPES[header[name]["dtype"]]).view(header[name]["shape"])
-        except Exception as error:  # a foreign file can fail in any way
-            raise ValueError(f"{path} is no whole file of weights: {str(error)[:99]}") from None
+        if path.suffix == ".bin":
+            tensors |= torch.load(path, map_location="cpu", weights_only=True)
+            continue
+        content = np.memmap(path, np.uint8, "c")
+        start = 8 + int.from_bytes(content[:8].tobytes(), "little")  # where the tensors begin
+        header = json.loads(content[8:start].tobytes())
+        for name in header.keys() - {"__metadata__"}:
+            begin, end = header[name]["data_offsets"]
+            raw = torch.from_numpy(content[start + begin : start + end])  # (bytes,) uint8
+            tensors[name] = raw.view(DTYPES[header[name]["dtype"]]).view(header[name]["shape"])
     if not tensors:
         raise ValueError("it has no model.safetensors or pytorch_model.bin with weights")
     return tensors
 
 
-def load_weights(folder: Path, tensors: dict, targets: dict, missing: str = "$^") -> None:
+def load_weights(tensors: dict, targets: dict, missing: str = "$^") -> None:
     """Copy each tensor, by its published name, into the target of that name, which may be a view.
     Names may share a target (tied weights): one of them has to be there; where more are, they have
     to agree. missing: a pattern of names that the files need not have. Raises ValueError, before
@@ -630,25 +614,25 @@ def load_weights(folder: Path, tensors: dict, targets: dict, missing: str = "$^"
     filled = {targets[name].data_ptr() for name in tensors.keys() & targets.keys()}
     for name in targets.keys() - tensors.keys():
         if targets[name].data_ptr() not in filled and not re.match(missing, name):
-            raise ValueError(f"{folder}: {name!r} is missing")
+            raise ValueError(f"{name!r} is missing")
     for name, tensor in tensors.items():
         have, need = tensor.shape, targets[name].shape if name in targets else "unknown here"
         if have != need or not tensor.is_floating_point():
-            raise ValueError(f"{folder}: {name!r} is {tensor.dtype} {[*have]}, not {need}")
+            raise ValueError(f"{name!r} is {tensor.dtype} {[*have]}, not {need}")
     with torch.no_grad():
         for name, tensor in tensors.items():
             targets[name].copy_(tensor)
     for name, tensor in tensors.items():
         if not torch.equal(targets[name], tensor.to(targets[name].dtype)):
-            raise ValueError(f"{folder}: {name!r} differs from another that this model ties to it")
+            raise ValueError(f"{name!r} differs from another that this model ties to it")
 
 
 def save_weights(folder, tensors: dict) -> None:
     """Write FOLDER/model.safetensors; of names that share a tensor (tied weights) only one."""
     own = {(x.data_ptr(), x.shape): name for name, x in reversed(tensors.items())}  # the first
     tensors = {name: tensors[name].detach().cpu().contiguous() for name in own.values()}
-    dtypes = {dtype: name for name, dtype in DTYPES.items()}
-    header, end = {"__metadata__": {"format": "pt"}}, 0  # end: of the bytes so far
+    dtypes, end = {dtype: name for name, dtype in DTYPES.items()}, 0  # end: of the bytes so far
+    header = {"__metadata__": {"format": "pt"}}
     for name, x in tensors.items():
         begin, end = end, end + x.nbytes
         header[name] = dict(dtype=dtypes[x.dtype], shape=[*x.shape], data_offsets=[begin, end])
@@ -675,9 +659,9 @@ def save_published(module, folder, model, task) -> None:
     config = module.to_published(model.config) | module.FIXED
     if task:
         config["task"] = asdict(task) | {"kind": type(task).__name__}
-        if labels := config["task"].get("labels"):
-            config |= dict(id2label=dict(enumerate(labels)),
-                           label2id={label: i for i, label in enumerate(labels)})
+    if labels := getattr(task, "labels", None):
+        config["id2label"] = dict(enumerate(labels))
+        config["label2id"] = {label: i for i, label in enumerate(labels)}
     save_weights(folder, published_weights(module, model))
     with replacing(Path(folder) / "config.json", "w") as file:
         json.dump(config, file, indent=1)
@@ -685,15 +669,15 @@ def save_published(module, folder, model, task) -> None:
 
 def save_tokenizer(tokenizer, folder, template: list[str], **config) -> None:
     """Write FOLDER/tokenizer.json and tokenizer_config.json for AutoTokenizer. template: what
-    stands around texts A and B, as ["[CLS]", "A", "[SEP]", "B", "[SEP]"], unless it has one."""
+    stands around texts A and B, as ["[CLS]", "A", "[SEP]", "B", "[SEP]"], if it has none."""
     content = tokenizer.to_json()
     for token in content["added_tokens"] if content["model"]["type"] == "BPE" else []:
-        if re.fullmatch(r"\[MASK\]|<extra_id_\d+>", token["content"]):
-            token["lstrip"] = True  # as in our prompts, a gap takes the space before it
-    if not content["post_processor"] and len(template) > 1:
-        n = template.index("B") if "B" in template else len(template)  # B and what follows: type 1
+        # As in our prompts, a gap takes the space before it.
+        token["lstrip"] = bool(re.fullmatch(r"\[MASK\]|<extra_id_\d+>", token["content"]))
+    if not content["post_processor"]:
+        n = template.index("B")  # B and what follows: segment 1
         steps = [{"Sequence" if x in "AB" else "SpecialToken": dict(id=x, type_id=int(i >= n))}
-                 for i, x in enumerate(template if "B" in template else [*template, "B"])]
+                 for i, x in enumerate(template)]
         special = {name: dict(id=name, ids=[tokenizer.special[name]], tokens=[name])
                    for name in template if name not in "AB"}
         content["post_processor"] = dict(type="TemplateProcessing", single=steps[:n], pair=steps,
@@ -714,19 +698,17 @@ class Log:
         """state: of the checkpoint that the run goes on from. What was logged behind it is dropped;
         the losses since its last line are in `pending`."""
         self.run, self.path, self.rows = run, Path(run.out_dir) / "log.jsonl", []
-        self.pending = [(torch.tensor(loss), n) for loss, n in state["pending"]] if state else []
-        self.step = begin = state["step"] if state else 0  # of the last line
-        if begin and self.path.exists():  # (a line that a crash cut short has no end)
-            lines = self.path.read_text("utf-8", "replace").rpartition("\n")[0].splitlines()
-            rows = (json.loads(line) for line in lines if re.fullmatch(r'\{.*"step": .*\}', line))
-            self.rows = [row for row in rows if row["step"] <= begin]
+        self.step, self.pending = (state["step"], state["pending"]) if state else (0, [])
+        if self.step and self.path.exists():  # (a line that a crash cut short is none)
+            lines = re.findall(r'(?m)^\{.*"step": .*\}$', self.path.read_text("utf-8", "replace"))
+            self.rows = [row for row in map(json.loads, lines) if row["step"] <= self.step]
         if ranks()[0] == 0:
             with replacing(self.path, "w") as file:
                 file.writelines(json.dumps(row) + "\n" for row in self.rows)
         (device, dtype, *_), weights = machine(run), sum(p.numel() for p in model.parameters())
         say(f"data: {run.data or 'the stories of input.txt'}, {task.description}",
             f"model: {weights / 1e6:.2f} million parameters, on {device} in {str(dtype)[6:]}",
-            f"steps {begin:,} to {run.max_steps:,}, of {run.batch_size * run.grad_accum} sequences")
+            f"steps {self.step:,} to {run.max_steps:,}, of {run.batch_size * run.grad_accum} rows")
         self.since = time.monotonic()  # the last line
         self.started = self.since - (self.rows[-1]["seconds"] if self.rows else 0)
 
@@ -739,7 +721,8 @@ class Log:
 
     def add(self, loss: torch.Tensor, batch: dict) -> None:
         """Remember a step's loss, without waiting for it, and how many tokens it read."""
-        self.pending.append((loss, tokens_of(batch)))  # the loss stays on the device
+        read = sum(batch[name].numel() for name in ("idx", "src", "tgt") if name in batch)
+        self.pending.append((loss, read))  # the loss stays on the device
 
     def checked(self, *more) -> list[tuple[float, int]]:
         """(loss, tokens) of the steps since the last line. Raises ValueError if one diverged."""
@@ -757,8 +740,9 @@ class Log:
         speed, left = sum(tokens) / seconds, (self.run.max_steps - step) * seconds / len(losses)
         self.step, self.pending, loss = step, [], sum(losses) / len(losses)
         self.write(step=step, loss=loss, lr=rate * self.run.lr, tokens_per_second=round(speed))
+        left = timedelta(seconds=round(left))
         say(f"step {step}/{self.run.max_steps}  loss {loss:.3f}  {speed:,.0f} tokens/s  "
-            f"{left // 60:.0f}:{left % 60:02.0f} left ", end="\r" if sys.stderr.isatty() else "\n")
+            f"{left} left", end=" \r" if sys.stderr.isatty() else "\n")
 
     def evaluated(self, step: int, found: dict, sample: str, worse: int) -> None:
         """Write and show what an evaluation found, and a sample; redraw the chart. worse: so many
@@ -775,15 +759,6 @@ class Log:
         if 0 < self.run.patience <= worse:
             say(f"no lower val_loss in {worse} evaluations: stopped; best.pt has the lowest")
         self.since = time.monotonic()
-
-
-def tokens_of(batch: dict) -> int:
-    """How many tokens a model reads in a batch, padding left out."""
-    read = int((batch["tgt"] != -100).sum()) if "tgt" in batch else 0
-    for name, mask in ("idx", "mask"), ("src", "src_mask"):
-        if name in batch:
-            read += int(batch[mask].sum()) if mask in batch else batch[name].numel()
-    return read
 
 
 def line_chart(curves: dict[str, list[tuple[float, float]]], title: str) -> str:
@@ -826,14 +801,10 @@ def ranks() -> tuple[int, int]:
 
 
 def add_up(tensors: list[torch.Tensor]) -> None:
-    """Replace each tensor by its sum over all ranks: all of them in one message. Raises
-    ConnectionError where another rank is gone."""
+    """Replace each tensor by its sum over all ranks: all of them in one message."""
     if ranks()[1] > 1:
         message = torch.cat([tensor.flatten() for tensor in tensors])
-        try:
-            torch.distributed.all_reduce(message)
-        except RuntimeError as error:
-            raise ConnectionError(f"another rank has ended; go on with --init_from resume: {error}")
+        torch.distributed.all_reduce(message)
         for tensor, part in zip(tensors, message.split([tensor.numel() for tensor in tensors])):
             tensor.copy_(part.view_as(tensor))
 
@@ -953,14 +924,6 @@ def hint(word: str, known) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-@functools.cache
-def source_of(cls) -> str:
-    """The source text of a class; "" where it was not shipped. (getsource parses a whole file.)"""
-    with contextlib.suppress(OSError):
-        return inspect.getsource(cls)
-    return ""
-
-
 def boolean(text: str) -> bool:
     """true or false, as a flag's value. Raises ValueError for others."""
     return bool(("false", "true").index(text.lower()))
@@ -969,19 +932,20 @@ def boolean(text: str) -> bool:
 def add_flags(parser, cls, names, defaults: dict) -> None:
     """A flag for each field of the dataclass, or for those in `names`. Its help is the comment
     behind the field. What is not given stays out of the namespace."""
-    group, source = parser.add_argument_group(cls.__name__), source_of(cls)
-    helps = dict(re.findall(r"^    (\w+):.*?  # (.*)$", source, re.MULTILINE))
+    group, helps = parser.add_argument_group(cls.__name__), {}
+    with contextlib.suppress(OSError):  # the source was not shipped
+        source = Path(inspect.getfile(cls)).read_text("utf-8").partition(f"class {cls.__name__}")
+        helps |= re.findall(r"(?m)^    (\w+):.*?  # (.*)$", source[2].partition("\n\n\n")[0])
     for option in fields(cls):
+        if not option.metadata.get("flag", True) or option.name not in (names or [option.name]):
+            continue
         kind, *others = get_args(option.type) or (option.type,)
         choices = [kind, *others] if isinstance(kind, str) else None
         kind = str if choices else {bool: boolean, dict: json.loads}.get(kind, kind)
-        notes = [", ".join(choices)] if choices else []
-        if (default := defaults.get(option.name)) not in (None, ""):
-            notes.append(f"default {json.dumps(default).strip(chr(34))}")
-        if option.metadata.get("flag", True) and (names is None or option.name in names):
-            text = helps.get(option.name, "") + (f" ({'; '.join(notes)})" if notes else "")
-            group.add_argument(f"--{option.name}", default=argparse.SUPPRESS, metavar="", type=kind,
-                               choices=choices, help=text.replace("%", "%%"))
+        notes = [helps.get(option.name, ""), f"one of {', '.join(choices)}" if choices else "",
+                 f"default {defaults[option.name]}" if defaults.get(option.name) else ""]
+        group.add_argument(f"--{option.name}", default=argparse.SUPPRESS, metavar="", type=kind,
+                           choices=choices, help="; ".join(filter(None, notes)).replace("%", "%%"))
 
 
 def build(cls, settings: dict):
@@ -993,10 +957,9 @@ def build(cls, settings: dict):
 def parse_command(module, arguments: list[str]):
     """(the command's function, all its settings, those given). Defaults < --preset < --config <
     flags. Raises ValueError for what cannot be understood."""
-    commands, chosen, presets = commands_of(module), "train", module.PRESETS
-    if arguments and not arguments[0].startswith("-"):
-        chosen, *arguments = arguments
-    names = ", ".join(commands)
+    commands, presets = commands_of(module), module.PRESETS
+    command = bool(arguments) and not arguments[0].startswith("-")
+    chosen, names = arguments[0] if command else "train", ", ".join(commands)
     if chosen not in commands:
         raise ValueError(f"no command {chosen}, only {names}{hint(chosen, commands)}")
     function, classes, defaults = commands[chosen]
@@ -1011,7 +974,7 @@ def parse_command(module, arguments: list[str]):
         parser.add_argument("--config", metavar="", help="a .json of settings, such as run.json")
     for cls, names in classes:
         add_flags(parser, cls, names, defaults)
-    given, unknown = parser.parse_known_args(arguments)
+    given, unknown = parser.parse_known_args(arguments[command:])
     if unknown:
         flag, known = unknown[0].partition("=")[0], parser._option_string_actions
         raise ValueError(f"there is no flag {flag}{hint(flag, known)}; --help lists them")
@@ -1057,14 +1020,18 @@ def commands_of(module) -> dict[str, tuple]:
     return commands
 
 
+ADVICE = {  # what an error of the machine looks like -> what to do
+    r"^torch\._(dynamo|inductor)": "leave out --compile, or install a compiler",
+    "MemoryError|allocat|of memory|abruptly": "no memory: take a smaller --batch_size or model",
+    "(?i)connection|peer|nccl": "another rank has ended; go on with --init_from resume",
+}
+
+
 def run_command(module, arguments: list[str]) -> int:
     """Run a command. Returns the exit status: 0 done, 2 a mistake, or no memory or compiler (a line
     says which), 130 Ctrl-C. Other errors are the code's, and are raised."""
-    for name in "stdin", "stdout", "stderr":
-        stream = getattr(sys, name) or open(os.devnull, "r+")  # closed: `<&-`
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # where the terminal has no such character
-        setattr(sys, name, stream)
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # (None: it was closed)
+        stream.reconfigure(errors="replace")  # where the terminal has no such character
     try:
         function, settings, given = parse_command(module, arguments)
         module.check(build(Run, settings), **LEAST)
@@ -1080,13 +1047,11 @@ def run_command(module, arguments: list[str]) -> int:
     except (ValueError, OSError, argparse.ArgumentError) as error:
         message = str(error)
     except (RuntimeError, MemoryError) as error:
-        message = str(error)[:200]
-        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            message = f"leave out --compile, or install a compiler: {message}"
-        elif isinstance(error, MemoryError) or re.search("allocat|of memory|abruptly", message):
-            message = f"not enough memory, take a smaller --batch_size or model: {message}"
-        else:
+        message = f"{type(error).__module__} {error!r}"[:200]
+        advice = [advice for sign, advice in ADVICE.items() if re.search(sign, message)]
+        if not advice:
             raise
+        message = f"{advice[0]}: {message}"
     print("error:", *message.split(), file=sys.stderr)  # whichever rank it is
     return 2
 
@@ -1121,27 +1086,27 @@ def open_model(module, name, ready: bool = False) -> tuple:
 
 def load_published(module, folder: Path) -> tuple:
     """(model, state) of a published model."""
-    found, weights = read_object(folder / "config.json"), stored_weights(folder).items()
+    found = read_object(folder / "config.json")
     for key, value in module.FIXED.items():
         if found.get(key) not in (None, value):
             raise ValueError(f"{key} is {found[key]} instead of {value}")
-    weights = {module.published_name(name): tensor for name, tensor in weights}
+    weights = {module.published_name(name): x for name, x in stored_weights(folder).items()}
     model = module.Model(module.from_published(found, weights))
     targets = published_weights(module, model)
-    weights = {name: tensor for name, tensor in weights.items()
+    weights = {name: x for name, x in weights.items()
                if name in targets or not re.fullmatch(module.NO_WEIGHTS, name)}
     headless = not any(re.match(module.HEAD, name) for name in weights)  # as BertModel is saved
-    load_weights(folder, weights, targets, module.HEAD if headless else "$^")
+    load_weights(weights, targets, module.HEAD if headless else "$^")
     task = {"kind": "Pretraining"} | found.get("task", {})
     if labels := getattr(model.config, "n_labels", 0):  # a BERT, fine-tuned here or elsewhere
         names = found.get("id2label", {})
         names = [names.get(str(i), f"LABEL_{i}") for i in range(labels)]
         task = dict(pairs=None) | task | dict(kind="Finetuning", labels=names)
+    headless = headless and task["kind"] == "Pretraining" and module.HEAD != "$^"
     readable = any((folder / files[0]).exists() for files in VOCABULARIES)
-    return model, dict(
-        step=0, run={}, task=build(getattr(module, task["kind"]), task),
-        headless=headless and task["kind"] == "Pretraining" and module.HEAD != "$^",
-        tokenizer=Tokenizer.from_pretrained(folder) if readable else None)
+    tokenizer = Tokenizer.from_pretrained(folder) if readable else None
+    return model, dict(step=0, run={}, task=build(getattr(module, task["kind"]), task),
+                       headless=headless, tokenizer=tokenizer)
 
 
 def never_write(module, model, tokenizer) -> None:
@@ -1332,7 +1297,7 @@ def bench_command(module, settings: dict, given: dict) -> int:
     tokens = np.random.default_rng(0).integers(len(special), config.vocab_size, 1 << 20)
     tokens[[0, -1]] = 0  # the separators around it
     tokenizer = Tokenizer.from_counts({}, 256 + len(special), special)
-    task.open(run, config, tokenizer, Corpus(tokenizer, tokens, tokens, 1, separator=0))
+    task.open(run, config, tokenizer, Corpus(tokenizer, tokens, tokens, separator=0))
     model = module.Model(config).to(device)
     optimizer, loss, batch = module.Muon(model, run, dtype), task.loss, task.batch(0)
     compile_loss(task, run, device)
@@ -1343,8 +1308,9 @@ def bench_command(module, settings: dict, given: dict) -> int:
     with FlopCounterMode(display=False) as counter:  # (counts no fused attention on a CPU)
         loss(model, {name: x.to(device) for name, x in batch.items()})[0].sum().backward()
     gflops = counter.get_total_flops() / seconds / 1e9  # the optimizer's are left out
-    row = dict(ms_per_step=seconds * 1e3, tokens_per_second=tokens_of(batch) / seconds,
-               gflops=gflops, matmul_gflops=peak, share=gflops / peak)
+    read = sum(batch[name].numel() for name in ("idx", "src", "tgt") if name in batch)
+    row = dict(ms_per_step=seconds * 1e3, tokens_per_second=read / seconds, gflops=gflops,
+               matmul_gflops=peak, share=gflops / peak)
     with contextlib.suppress(ImportError):  # Windows has no `resource`
         from resource import RUSAGE_SELF, getrusage
         unit = 1 if sys.platform == "darwin" else 1024

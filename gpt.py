@@ -615,7 +615,7 @@ FIXED = dict(  # settings of `config.json` that have one value here
 )
 NO_WEIGHTS, HEAD = r".*\.attn\.(masked_)?bias", "$^"  # masks in old files; what may be missing
 ROLES = dict(bos_token="<|endoftext|>", eos_token="<|endoftext|>")  # of special tokens
-NEVER, TEMPLATE = (), ["A"]  # special tokens that are never drawn; what stands around a text A
+NEVER, TEMPLATE = (), ["A", "B"]  # special tokens that are never drawn; around texts: nothing
 
 
 NAMES = [  # what our names have (a regular expression) -> what GPT-2's have there

@@ -889,7 +889,7 @@ FIXED = dict(model_type="t5", layer_norm_epsilon=1e-6, is_encoder_decoder=True) 
 # Old files hold distance biases of the cross-attention, which uses none.
 NO_WEIGHTS = r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight"
 ROLES = dict(pad_token="<pad>", eos_token="</s>")  # of special tokens
-NEVER, TEMPLATE, HEAD = (), ["A", "</s>"], "$^"  # not drawn; around a text; may be missing
+NEVER, TEMPLATE, HEAD = (), ["A", "</s>", "B", "</s>"], "$^"  # not drawn; around texts; missing
 
 
 NAMES = [  # what our names have (a regular expression) -> what T5's have there
