@@ -13,8 +13,7 @@ segment B continue segment A, or does it come from another document (next-senten
 The architecture is that of the Transformer's encoder. Each position holds a vector, the residual
 stream: the sum of a token's, a position's and a segment's embedding. Blocks add to it what
 attention brings (every position looks at every other) and what a feed-forward makes of it (each
-position by itself), and normalize after each. On top stand three small heads: for hidden tokens,
-for the pair, and after fine-tuning for labels. No text is generated; BERT is for understanding it.
+position by itself), and normalize after each. On top stand small heads: for tokens, pairs, labels.
 
     python bert.py                                  train on input.txt: a few minutes on a laptop
     python bert.py generate --prompt "The cat sat on the [MASK]."     fill what is hidden
@@ -30,17 +29,21 @@ published weights, 9 training (8 is GPT's alone). Copied alone, it gives `BERT` 
 its commands need bpe.py and data.py beside it. To learn, change: `--pos rotary`, `--nsp false`;
 leave `init_attention` out (when does mlm_loss leave 5.4?).
 
-Papers: Devlin et al. 2019, https://arxiv.org/abs/1810.04805 (BERT); Vaswani et al. 2017,
-https://arxiv.org/abs/1706.03762 (attention).
+Papers: Devlin et al. 2019, https://arxiv.org/abs/1810.04805; Vaswani et al. 2017 (attention).
 """
 
 import json
 import math
+import os
 import re
 import sys
 import textwrap
 from dataclasses import dataclass, field, fields, replace
 from typing import Literal, get_args
+
+# Threads wait for each other by spinning. Beside another program, which has the core of the one
+# they wait for, a step took 20 times as long. So they soon sleep. (It is read with `import torch`.)
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import numpy as np
 import torch
@@ -69,9 +72,7 @@ def check(config, **bounds):
 @dataclass
 class BERTConfig:
     """The architecture. Defaults are BERT's, but for dropout (there 0.1); the rest is variants.
-
-    Raises ValueError for sizes that do not fit together.
-    """
+    Raises ValueError for sizes that do not fit together."""
 
     vocab_size: int  # token types: special tokens + 256 bytes + merges
     block_size: int  # longest sequence, in tokens
@@ -123,6 +124,18 @@ FINETUNING = {
 LONG = 1024  # number of keys from which the fused attention is faster on a CPU, too
 
 
+def drop(x, p: float):
+    """Dropout: zero a share p of the numbers, and scale the others so that the mean stays. (To draw
+    a random number for each takes a CPU half of a step. Here a byte does: p is rounded to 1/256.)
+    """
+    zeroed = round(256 * p)  # of the 256 values of a byte
+    if x.device.type != "cpu" or zeroed in (0, 256):
+        return F.dropout(x, p)
+    random = torch.empty(x.numel() // 8 + 1, dtype=torch.int64).random_(-(2**63), None)
+    kept = random.view(torch.int8)[: x.numel()].view_as(x).ge_(zeroed - 128)  # 1 or 0
+    return x * kept.to(x.dtype).mul_(256 / (256 - zeroed))
+
+
 def attention(query, key, value, bias=None, causal=False, scale=None, dropout=0.0):
     """softmax(Q K^T * scale + bias) V: per query a weighted mean of the values (Vaswani, 3.2.1).
 
@@ -133,8 +146,7 @@ def attention(query, key, value, bias=None, causal=False, scale=None, dropout=0.
     scores of a wider head are no larger.
 
     The formula is the last three lines. In bfloat16 on a CPU it is 2.5 (T = 128) to 1.4 times (512)
-    as fast as PyTorch's fused kernel, which is taken on a GPU, for LONG texts, and for one query.
-    """
+    as fast as PyTorch's fused kernel: that is taken on a GPU, for LONG texts, for one query."""
     T, S, device = query.size(-2), key.size(-2), query.device.type
     scale = query.size(-1) ** -0.5 if scale is None else scale
     fused = device == "cuda" or device == "cpu" and (S >= LONG or T == 1)
@@ -146,7 +158,7 @@ def attention(query, key, value, bias=None, causal=False, scale=None, dropout=0.
         return F.scaled_dot_product_attention(query, key, value, bias, dropout, causal, scale=scale)
     scores = (query * scale) @ key.mT  # (B, nh, T, S)
     weights = F.softmax(scores if bias is None else scores + bias, dim=-1)
-    return F.dropout(weights, dropout) @ value  # (B, nh, T, vd); (dropout is 0 outside training)
+    return drop(weights, dropout) @ value  # (B, nh, T, vd); (dropout is 0 outside training)
 
 
 def sinusoids(length: int, width: int, base: float = 10000) -> torch.Tensor:
@@ -161,8 +173,7 @@ def rotate(x, turns):
     so that the product of a query and a key depends on how far apart they are, and not on where
     they are (Su et al. 2021, https://arxiv.org/abs/2104.09864).
 
-    x (B, nh, T, hd), turns (T, hd) the `sinusoids` of their positions -> (B, nh, T, hd).
-    """
+    x (B, nh, T, hd), turns (T, hd) the `sinusoids` of their positions -> (B, nh, T, hd)."""
     sin, cos = turns[:, ::2].to(x.dtype), turns[:, 1::2].to(x.dtype)  # (T, hd / 2)
     left, right = x.chunk(2, dim=-1)  # number i makes a pair with number i + hd / 2
     return torch.cat((left * cos - right * sin, left * sin + right * cos), dim=-1)
@@ -200,7 +211,7 @@ class Attention(nn.Module):
         bias = None if bias is None else bias.to(query.dtype)
         mixed = attention(query, key, value, bias, dropout=self.dropout * self.training)  # no mask
         mixed = self.proj(mixed.transpose(1, 2).flatten(2))  # (B, T, C)
-        return F.dropout(mixed, self.dropout, self.training)
+        return drop(mixed, self.dropout * self.training)
 
 
 class FeedForward(nn.Module):
@@ -215,7 +226,7 @@ class FeedForward(nn.Module):
     def forward(self, x):
         """x (B, T, C) -> (B, T, C)."""
         inner = F.gelu(self.up(x))  # (B, T, n_ff); exact, by erf (GPT-2's is approximated)
-        return F.dropout(self.down(inner), self.dropout, self.training)  # (B, T, C)
+        return drop(self.down(inner), self.dropout * self.training)  # (B, T, C)
 
 
 def make_norm(config: Config):
@@ -312,9 +323,7 @@ class BERT(nn.Module):
         (Vaswani, 3.5). So a head's map for queries W_q, its pairs of columns turned by the same
         angles, is a map for keys W_k with W_k p(t + d) = W_q p(t): the query at t fits the key at
         t + d. In the first block, the heads begin with d = -1, 1, -2, 2, ...; deeper blocks with an
-        even view of everything. All sublayers begin with an output of zero, so that positions
-        reach each block unharmed.
-        """
+        even view. Sublayers begin with an output of zero, so that positions reach each block."""
         C, base = self.config.n_embd, self.config.block_size
         hd = C // self.config.n_head
         for block in self.blocks:
@@ -350,7 +359,7 @@ class BERT(nn.Module):
         elif config.pos == "sinusoidal":
             x = x + self.positions[:T]
         x = x + self.segment_embedding(torch.zeros_like(idx) if segments is None else segments)
-        x = F.dropout(self.embedding_norm(x), config.dropout, self.training)
+        x = drop(self.embedding_norm(x), config.dropout * self.training)
         bias = None if mask is None else padding_bias(mask)  # (B, 1, 1, T), hides the padding
         for block in self.blocks[:-1]:
             x = block(x, bias)
@@ -369,11 +378,9 @@ class BERT(nn.Module):
             hidden = self.encode(idx, segments, mask, torch.cat((at, first)))
             hidden, whole = hidden.split((len(at), len(first)))  # (N, C), (B, C)
         mlm_logits = self.head(self.transform_norm(F.gelu(self.transform(hidden))))
-        return mlm_logits, self.pair_head(self.pool(whole)) if self.config.nsp else None
-
-    def pool(self, whole):
-        """The last state of [CLS] (B, C) -> (B, C): what it has gathered about the whole text."""
-        return torch.tanh(self.pooler(whole))
+        if not self.config.nsp:
+            return mlm_logits, None
+        return mlm_logits, self.pair_head(torch.tanh(self.pooler(whole)))
 
     def classify(self, idx, segments=None, mask=None):
         """idx (B, T) int64, each row [CLS] text [SEP] -> scores of the labels (B, n_labels).
@@ -381,8 +388,8 @@ class BERT(nn.Module):
         if not self.config.n_labels:
             raise ValueError("this model has no head for labels: set n_labels")
         first = torch.arange(len(idx), device=idx.device) * idx.size(1)  # (B,): [CLS]'s places
-        whole = self.pool(self.encode(idx, segments, mask, first))  # (B, C)
-        return self.label_head(F.dropout(whole, self.config.dropout, self.training))
+        whole = torch.tanh(self.pooler(self.encode(idx, segments, mask, first)))  # (B, C)
+        return self.label_head(drop(whole, self.config.dropout * self.training))
 
     def loss(self, idx, segments, mask, mlm_labels, nsp_labels=None):
         """The paper's loss (A.2), mean over hidden tokens + mean over pairs. mlm_labels (B, T): the
@@ -392,8 +399,7 @@ class BERT(nn.Module):
     def losses(self, idx, segments, mask, mlm_labels, nsp_labels=None, places=None):
         """-> the two means of `loss` (2,), or the first (1,); mlm_logits (N, V), targets (N,),
         nsp_logits (B, 2). The head is computed for the N tokens that are asked for alone: at their
-        places (B, M) in each row, where unused 0, which is [CLS]. (Only a GPU that has to look for
-        them keeps us waiting.)"""
+        places (B, M) in each row, where unused 0, which is [CLS]."""
         if places is None:
             at = (mlm_labels.flatten() != -100).nonzero()[:, 0]  # (N,)
         else:
@@ -706,7 +712,6 @@ class Finetuning:
 
     def collate(self, examples: list[dict], draw=None) -> dict:
         """-> a batch: idx, segments (B, T), labels (B,) int64, and mask (B, T) bool if rows differ.
-
         A text that does not fit is cropped: to its beginning, or for training, with a generator, to
         a window at random. Then mask_prob of its tokens become [MASK]."""
         from data import pad
@@ -741,7 +746,6 @@ class Finetuning:
     def loss(self, model: Model, batch: dict):
         """The mean loss, and in evaluation accuracy, and the labels' F1, whose mean (macro F1) lets
         rare labels count as much as frequent ones: 2 right / (times it is true + it is guessed).
-
         Smoothing: few examples are to make no model too sure (Szegedy et al. 2016, 7)."""
         scores = model.classify(batch["idx"], batch["segments"], batch.get("mask")).float()
         truth, guess, n = batch["labels"], scores.argmax(dim=-1), len(self.labels)
@@ -794,7 +798,6 @@ ROLES = dict(pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]", mask_token
 NEVER = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # special tokens that no text is to get
 TEMPLATE = ["[CLS]", "A", "[SEP]", "B", "[SEP]"]  # what stands around a text A, or a pair A, B
 
-
 NAMES = [  # what our names have (a regular expression) -> what BERT's have there
     ("^token_embedding", "bert.embeddings.word_embeddings"),
     ("^position_embedding", "bert.embeddings.position_embeddings"),
@@ -828,8 +831,7 @@ def published_name(name: str) -> str:
 def to_published(config: Config) -> dict:
     """Our settings as `config.json` has them. Raises ValueError where BERT has no such variant."""
     if (config.pos, config.norm) != ("learned", "post"):
-        raise ValueError(
-            "BERT has learned positions and post-norm: transformers has no class for this variant")
+        raise ValueError("transformers has no BERT without learned positions and post-norm")
     kind = "PreTraining" if config.nsp else "MaskedLM"
     return dict(
         architectures=[f"BertFor{'SequenceClassification' if config.n_labels else kind}"],
@@ -871,8 +873,7 @@ def orthogonalize(matrices, dtype=torch.float32, steps: int = 5):
 
     matrices (n, rows, cols); dtype: the one that multiplies fastest. X <- aX + b(XX^T)X +
     c(XX^T)^2 X moves each singular value s to as + bs^3 + cs^5; these a, b, c bring all from 0.003
-    to 1 to 0.7 to 1.2 in five rounds (Jordan 2024, https://kellerjordan.github.io/posts/muon).
-    """
+    to 1 to 0.7 to 1.2 in five rounds (Jordan 2024, https://kellerjordan.github.io/posts/muon)."""
     a, b, c = 3.4445, -4.7750, 2.0315
     wide = matrices.size(-2) <= matrices.size(-1)
     X = matrices if wide else matrices.mT
@@ -885,13 +886,11 @@ def orthogonalize(matrices, dtype=torch.float32, steps: int = 5):
 
 
 class Muon(torch.optim.AdamW):
-    """Muon for inner matrices, AdamW for all else: one optimizer, so that an overflow in float16
-    skips both.
+    """Muon for inner matrices, AdamW for the rest. In one, so that float16's overflows skip both.
 
     AdamW steps by a fixed size in each *number*; Muon, in each *direction* of a matrix: it takes
     a running mean of the gradients and makes all its singular values 1, so that rare directions are
-    learned as fast as common ones. Matrices of equal shape are stacked, for one product.
-    """
+    learned as fast as common ones. Matrices of equal shape are stacked, for one product."""
 
     def __init__(self, model: nn.Module, run, dtype=torch.float32):
         """dtype: of the products in `orthogonalize`."""
@@ -944,8 +943,7 @@ def update(model, task, batch: dict, optimizer, scaler, autocast, run) -> torch.
 
     A batch says beforehand how many answers it asks for, so each part's mean loss is weighted by
     its share of them before the backward pass; then gradients just add up. autocast: products in a
-    narrower dtype. scaler: multiplies the loss in float16, where small gradients would be 0.
-    """
+    narrower dtype. scaler: multiplies the loss in float16, where small gradients would be 0."""
     from data import add_up, ranks
 
     model.train()

@@ -31,12 +31,17 @@ Papers: Radford et al. 2018 (GPT), 2019, "Language Models are Unsupervised Multi
 import codecs
 import json
 import math
+import os
 import re
 import sys
 import textwrap
 import time
 from dataclasses import dataclass, fields, replace
 from typing import Literal, get_args
+
+# Threads wait for each other by spinning. Beside another program, which has the core of the one
+# they wait for, a step took 20 times as long. So they soon sleep. (It is read with `import torch`.)
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import numpy as np
 import torch
@@ -135,6 +140,18 @@ FINETUNING = {  # section 9's data.Run explains the fields
 LONG = 1024  # number of keys from which the fused attention is faster on a CPU, too
 
 
+def drop(x, p: float):
+    """Dropout: zero a share p of the numbers, and scale the others so that the mean stays. (To draw
+    a random number for each takes a CPU half of a step. Here a byte does: p is rounded to 1/256.)
+    """
+    zeroed = round(256 * p)  # of the 256 values of a byte
+    if x.device.type != "cpu" or zeroed in (0, 256):
+        return F.dropout(x, p)
+    random = torch.empty(x.numel() // 8 + 1, dtype=torch.int64).random_(-(2**63), None)
+    kept = random.view(torch.int8)[: x.numel()].view_as(x).ge_(zeroed - 128)  # 1 or 0
+    return x * kept.to(x.dtype).mul_(256 / (256 - zeroed))
+
+
 def attention(query, key, value, bias=None, causal=False, scale=None, dropout=0.0):
     """softmax(Q K^T * scale + bias) V: per query a weighted mean of the values (Vaswani, 3.2.1).
 
@@ -145,8 +162,7 @@ def attention(query, key, value, bias=None, causal=False, scale=None, dropout=0.
     scores of a wider head are no larger.
 
     The formula is the last three lines. In bfloat16 on a CPU it is 2.5 (T = 128) to 1.4 times (512)
-    as fast as PyTorch's fused kernel, which is taken on a GPU, for LONG texts, and for one query.
-    """
+    as fast as PyTorch's fused kernel: that is taken on a GPU, for LONG texts, for one query."""
     T, S, device = query.size(-2), key.size(-2), query.device.type
     scale = query.size(-1) ** -0.5 if scale is None else scale
     fused = device == "cuda" or device == "cpu" and (S >= LONG or T == 1)
@@ -158,7 +174,7 @@ def attention(query, key, value, bias=None, causal=False, scale=None, dropout=0.
         return F.scaled_dot_product_attention(query, key, value, bias, dropout, causal, scale=scale)
     scores = (query * scale) @ key.mT  # (B, nh, T, S)
     weights = F.softmax(scores if bias is None else scores + bias, dim=-1)
-    return F.dropout(weights, dropout) @ value  # (B, nh, T, vd); (dropout is 0 outside training)
+    return drop(weights, dropout) @ value  # (B, nh, T, vd); (dropout is 0 outside training)
 
 
 def sinusoids(length: int, width: int, base: float = 10000) -> torch.Tensor:
@@ -173,8 +189,7 @@ def rotate(x, turns):
     so that the product of a query and a key depends on how far apart they are, and not on where
     they are (Su et al. 2021, https://arxiv.org/abs/2104.09864).
 
-    x (B, nh, T, hd), turns (T, hd) the `sinusoids` of their positions -> (B, nh, T, hd).
-    """
+    x (B, nh, T, hd), turns (T, hd) the `sinusoids` of their positions -> (B, nh, T, hd)."""
     sin, cos = turns[:, ::2].to(x.dtype), turns[:, 1::2].to(x.dtype)  # (T, hd / 2)
     left, right = x.chunk(2, dim=-1)  # number i makes a pair with number i + hd / 2
     return torch.cat((left * cos - right * sin, left * sin + right * cos), dim=-1)
@@ -230,7 +245,7 @@ class Attention(nn.Module):
         mixed = attention(query.to(key.dtype), key, value, causal=T > 1,  # (one sees all there is)
                           dropout=self.dropout * self.training)
         mixed = self.proj(mixed.transpose(1, 2).flatten(2).to(x.dtype))  # (B, T, C)
-        return F.dropout(mixed, self.dropout, self.training)
+        return drop(mixed, self.dropout * self.training)
 
 
 class FeedForward(nn.Module):
@@ -248,7 +263,7 @@ class FeedForward(nn.Module):
         inner = self.up(x)  # (B, T, n_ff)
         # (Approximated as in GPT-2; BERT's is exact.)
         inner = F.gelu(inner, approximate="tanh") if self.act == "gelu" else F.relu(inner)
-        return F.dropout(self.down(inner), self.dropout, self.training)  # (B, T, C)
+        return drop(self.down(inner), self.dropout * self.training)  # (B, T, C)
 
 
 def make_norm(config: Config):
@@ -329,7 +344,7 @@ class GPT(nn.Module):
             x = x + self.position_embedding.weight[start:end]  # + (T, C)
         elif self.config.pos == "sinusoidal":
             x = x + self.positions[start:end]
-        x = F.dropout(x, self.config.dropout, self.training)
+        x = drop(x, self.config.dropout * self.training)
         for i, block in enumerate(self.blocks):
             x = block(x, caches[i] if caches else None)
         return self.norm(x)
@@ -388,8 +403,7 @@ def sample(logits, temperature: float = 1.0, top_k: int | None = None, top_p: fl
     """Draw a token from each row of logits (B, V) -> (B,) int64. temperature 0 takes the likeliest.
 
     top_k: only among the k likeliest; top_p: only among the likeliest that together have
-    probability p (nucleus sampling, Holtzman et al. 2019, https://arxiv.org/abs/1904.09751).
-    """
+    probability p (nucleus sampling, Holtzman et al. 2019, https://arxiv.org/abs/1904.09751)."""
     if temperature == 0:
         return logits.argmax(dim=-1)
     k = min(top_k or logits.size(-1), logits.size(-1))
@@ -617,7 +631,6 @@ NO_WEIGHTS, HEAD = r".*\.attn\.(masked_)?bias", "$^"  # masks in old files; what
 ROLES = dict(bos_token="<|endoftext|>", eos_token="<|endoftext|>")  # of special tokens
 NEVER, TEMPLATE = (), ["A", "B"]  # special tokens that are never drawn; around texts: nothing
 
-
 NAMES = [  # what our names have (a regular expression) -> what GPT-2's have there
     ("^token_embedding", "transformer.wte"), ("^position_embedding", "transformer.wpe"),
     ("^blocks", "transformer.h"), ("attn_norm", "ln_1"), ("qkv", "c_attn"),
@@ -769,8 +782,7 @@ def orthogonalize(matrices, dtype=torch.float32, steps: int = 5):
 
     matrices (n, rows, cols); dtype: the one that multiplies fastest. X <- aX + b(XX^T)X +
     c(XX^T)^2 X moves each singular value s to as + bs^3 + cs^5; these a, b, c bring all from 0.003
-    to 1 to 0.7 to 1.2 in five rounds (Jordan 2024, https://kellerjordan.github.io/posts/muon).
-    """
+    to 1 to 0.7 to 1.2 in five rounds (Jordan 2024, https://kellerjordan.github.io/posts/muon)."""
     a, b, c = 3.4445, -4.7750, 2.0315
     wide = matrices.size(-2) <= matrices.size(-1)
     X = matrices if wide else matrices.mT
@@ -783,13 +795,11 @@ def orthogonalize(matrices, dtype=torch.float32, steps: int = 5):
 
 
 class Muon(torch.optim.AdamW):
-    """Muon for inner matrices, AdamW for all else: one optimizer, so that an overflow in float16
-    skips both.
+    """Muon for inner matrices, AdamW for the rest. In one, so that float16's overflows skip both.
 
     AdamW steps by a fixed size in each *number*; Muon, in each *direction* of a matrix: it takes
     a running mean of the gradients and makes all its singular values 1, so that rare directions are
-    learned as fast as common ones. Matrices of equal shape are stacked, for one product.
-    """
+    learned as fast as common ones. Matrices of equal shape are stacked, for one product."""
 
     def __init__(self, model: nn.Module, run, dtype=torch.float32):
         """dtype: of the products in `orthogonalize`."""
@@ -842,8 +852,7 @@ def update(model, task, batch: dict, optimizer, scaler, autocast, run) -> torch.
 
     A batch says beforehand how many answers it asks for, so each part's mean loss is weighted by
     its share of them before the backward pass; then gradients just add up. autocast: products in a
-    narrower dtype. scaler: multiplies the loss in float16, where small gradients would be 0.
-    """
+    narrower dtype. scaler: multiplies the loss in float16, where small gradients would be 0."""
     from data import add_up, ranks
 
     model.train()

@@ -29,17 +29,21 @@ from top to bottom: 1 this page, 2 the configuration, 3 layers, 4 the model, 5 p
 `T5Config`; its commands need bpe.py and data.py beside it. To learn, change: `--mean_span 1` (is
 that easier?), `--act gated-gelu --tie false` (version 1.1); leave half of `init_attention` out.
 
-Papers: Raffel et al. 2020, https://arxiv.org/abs/1910.10683 (T5); Shazeer 2020,
-https://arxiv.org/abs/2002.05202 (gated feed-forwards); Vaswani et al. 2017,
-https://arxiv.org/abs/1706.03762 (attention).
+Papers: Raffel et al. 2020, https://arxiv.org/abs/1910.10683; Vaswani et al. 2017 (attention);
+Shazeer 2020, https://arxiv.org/abs/2002.05202 (gated feed-forwards).
 """
 
 import math
+import os
 import re
 import sys
 import textwrap
 from dataclasses import dataclass, fields
 from typing import Literal, get_args
+
+# Threads wait for each other by spinning. Beside another program, which has the core of the one
+# they wait for, a step took 20 times as long. So they soon sleep. (It is read with `import torch`.)
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import numpy as np
 import torch
@@ -129,6 +133,18 @@ FINETUNING = {
 LONG = 1024  # number of keys from which the fused attention is faster on a CPU, too
 
 
+def drop(x, p: float):
+    """Dropout: zero a share p of the numbers, and scale the others so that the mean stays. (To draw
+    a random number for each takes a CPU half of a step. Here a byte does: p is rounded to 1/256.)
+    """
+    zeroed = round(256 * p)  # of the 256 values of a byte
+    if x.device.type != "cpu" or zeroed in (0, 256):
+        return F.dropout(x, p)
+    random = torch.empty(x.numel() // 8 + 1, dtype=torch.int64).random_(-(2**63), None)
+    kept = random.view(torch.int8)[: x.numel()].view_as(x).ge_(zeroed - 128)  # 1 or 0
+    return x * kept.to(x.dtype).mul_(256 / (256 - zeroed))
+
+
 def attention(query, key, value, bias=None, causal=False, scale=None, dropout=0.0):
     """softmax(Q K^T * scale + bias) V: per query a weighted mean of the values (Vaswani, 3.2.1).
 
@@ -139,8 +155,7 @@ def attention(query, key, value, bias=None, causal=False, scale=None, dropout=0.
     scores of a wider head are no larger.
 
     The formula is the last three lines. In bfloat16 on a CPU it is 2.5 (T = 128) to 1.4 times (512)
-    as fast as PyTorch's fused kernel, which is taken on a GPU, for LONG texts, and for one query.
-    """
+    as fast as PyTorch's fused kernel: that is taken on a GPU, for LONG texts, for one query."""
     T, S, device = query.size(-2), key.size(-2), query.device.type
     scale = query.size(-1) ** -0.5 if scale is None else scale
     fused = device == "cuda" or device == "cpu" and (S >= LONG or T == 1)
@@ -152,7 +167,7 @@ def attention(query, key, value, bias=None, causal=False, scale=None, dropout=0.
         return F.scaled_dot_product_attention(query, key, value, bias, dropout, causal, scale=scale)
     scores = (query * scale) @ key.mT  # (B, nh, T, S)
     weights = F.softmax(scores if bias is None else scores + bias, dim=-1)
-    return F.dropout(weights, dropout) @ value  # (B, nh, T, vd); (dropout is 0 outside training)
+    return drop(weights, dropout) @ value  # (B, nh, T, vd); (dropout is 0 outside training)
 
 
 class KVCache:
@@ -228,7 +243,7 @@ class Attention(nn.Module):
         bias = None if bias is None else bias.to(key.dtype)
         mixed = attention(query, key, value, bias, causal, 1.0, self.dropout * self.training)
         mixed = self.proj(mixed.transpose(1, 2).flatten(2).to(x.dtype))  # (B, T, C)
-        return F.dropout(mixed, self.dropout, self.training)
+        return drop(mixed, self.dropout * self.training)
 
 
 class FeedForward(nn.Module):
@@ -250,32 +265,26 @@ class FeedForward(nn.Module):
             inner = F.relu(inner, inplace=True)
         else:
             inner = F.gelu(self.gate(x), approximate="tanh") * inner
-        inner = F.dropout(inner, self.dropout, self.training)
+        inner = drop(inner, self.dropout * self.training)
         if inner.dtype == torch.float16:  # it ends at 65,504, which published models exceed here
             with torch.autocast(inner.device.type, enabled=False):
                 y = F.linear(inner.float(), self.down.weight.float())
         else:
             y = self.down(inner)
-        return F.dropout(y, self.dropout, self.training)  # (B, T, C)
-
-
-def inverse_rms(x, eps: float):
-    """1 / sqrt(mean of x^2 + eps), the mean taken in float32 as published: (..., C) -> (..., 1)."""
-    return (x.float().square().mean(dim=-1, keepdim=True) + eps).rsqrt().to(x.dtype)
+        return drop(y, self.dropout * self.training)  # (B, T, C)
 
 
 class Normalize(torch.autograd.Function):
     """For speed alone, an eighth of a step on a CPU: x (..., C), scale (C,) -> r x * scale with
-    r = inverse_rms(x).
+    r = 1 / sqrt(mean(x^2) + eps), the mean taken in float32 as published.
 
     With g the gradient times scale, dx = r (g - r x mean(g r x)). LayerNorm's fused kernel also
     subtracts r mean(g): to add it again is twice as fast as PyTorch's RMSNorm. Under autocast, the
-    result comes in the type that the products after it take.
-    """
+    result comes in the type that the products after it take."""
 
     @staticmethod
     def forward(ctx, x, scale, eps: float):
-        r = inverse_rms(x, eps)
+        r = (x.float().square().mean(dim=-1, keepdim=True) + eps).rsqrt().to(x.dtype)  # (..., 1)
         ctx.save_for_backward(x, r, scale)
         autocast = torch.is_autocast_enabled("cpu")
         return (x * r).mul_(scale).to(torch.get_autocast_dtype("cpu") if autocast else x.dtype)
@@ -296,11 +305,9 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x):
         """x (..., C) -> (..., C)."""
-        if x.device.type != "cpu":
-            return super().forward(x)
-        if torch.is_grad_enabled():
+        if x.device.type == "cpu" and torch.is_grad_enabled():
             return Normalize.apply(x, self.weight, self.eps)
-        return x * inverse_rms(x, self.eps) * self.weight
+        return super().forward(x)
 
 
 def make_norm(config: Config):
@@ -339,7 +346,6 @@ class Stack(nn.Module):
         super().__init__()
         self.config, self.decoder = config, decoder
         self.distance_embedding = nn.Embedding(config.n_buckets, config.n_head)
-        self.drop = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, decoder) for _ in range(n_layer))
         self.norm = make_norm(config)
 
@@ -353,10 +359,10 @@ class Stack(nn.Module):
 
     def forward(self, x, bias, sources=None, source_bias=None, caches=None):
         """x (B, T, C), bias (B or 1, nh, T, S) -> (B, T, C). sources, caches: one per block."""
-        x, none = self.drop(x), [None] * len(self.blocks)
+        x, none = drop(x, self.config.dropout * self.training), [None] * len(self.blocks)
         for block, source, cache in zip(self.blocks, sources or none, caches or none):
             x = block(x, bias, source, source_bias, cache)
-        return self.drop(self.norm(x))
+        return drop(self.norm(x), self.config.dropout * self.training)
 
 
 # 4. The model -------------------------------------------------------------------------------------
@@ -483,8 +489,7 @@ def sample(logits, temperature: float = 1.0, top_k: int | None = None, top_p: fl
     """Draw a token from each row of logits (B, V) -> (B,) int64. temperature 0 takes the likeliest.
 
     top_k: only among the k likeliest; top_p: only among the likeliest that together have
-    probability p (nucleus sampling, Holtzman et al. 2019, https://arxiv.org/abs/1904.09751).
-    """
+    probability p (nucleus sampling, Holtzman et al. 2019, https://arxiv.org/abs/1904.09751)."""
     if temperature == 0:
         return logits.argmax(dim=-1)
     k = min(top_k or logits.size(-1), logits.size(-1))
@@ -891,7 +896,6 @@ NO_WEIGHTS = r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_
 ROLES = dict(pad_token="<pad>", eos_token="</s>")  # of special tokens
 NEVER, TEMPLATE, HEAD = (), ["A", "</s>", "B", "</s>"], "$^"  # not drawn; around texts; missing
 
-
 NAMES = [  # what our names have (a regular expression) -> what T5's have there
     ("^token_embedding", "shared"), ("^head", "lm_head"), (r"r\.norm", "r.final_layer_norm"),
     ("distance_embedding", "block.0.layer.0.SelfAttention.relative_attention_bias"),
@@ -971,8 +975,7 @@ def orthogonalize(matrices, dtype=torch.float32, steps: int = 5):
 
     matrices (n, rows, cols); dtype: the one that multiplies fastest. X <- aX + b(XX^T)X +
     c(XX^T)^2 X moves each singular value s to as + bs^3 + cs^5; these a, b, c bring all from 0.003
-    to 1 to 0.7 to 1.2 in five rounds (Jordan 2024, https://kellerjordan.github.io/posts/muon).
-    """
+    to 1 to 0.7 to 1.2 in five rounds (Jordan 2024, https://kellerjordan.github.io/posts/muon)."""
     a, b, c = 3.4445, -4.7750, 2.0315
     wide = matrices.size(-2) <= matrices.size(-1)
     X = matrices if wide else matrices.mT
@@ -985,13 +988,11 @@ def orthogonalize(matrices, dtype=torch.float32, steps: int = 5):
 
 
 class Muon(torch.optim.AdamW):
-    """Muon for inner matrices, AdamW for all else: one optimizer, so that an overflow in float16
-    skips both.
+    """Muon for inner matrices, AdamW for the rest. In one, so that float16's overflows skip both.
 
     AdamW steps by a fixed size in each *number*; Muon, in each *direction* of a matrix: it takes
     a running mean of the gradients and makes all its singular values 1, so that rare directions are
-    learned as fast as common ones. Matrices of equal shape are stacked, for one product.
-    """
+    learned as fast as common ones. Matrices of equal shape are stacked, for one product."""
 
     def __init__(self, model: nn.Module, run, dtype=torch.float32):
         """dtype: of the products in `orthogonalize`."""
@@ -1044,8 +1045,7 @@ def update(model, task, batch: dict, optimizer, scaler, autocast, run) -> torch.
 
     A batch says beforehand how many answers it asks for, so each part's mean loss is weighted by
     its share of them before the backward pass; then gradients just add up. autocast: products in a
-    narrower dtype. scaler: multiplies the loss in float16, where small gradients would be 0.
-    """
+    narrower dtype. scaler: multiplies the loss in float16, where small gradients would be 0."""
     from data import add_up, ranks
 
     model.train()
