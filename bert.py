@@ -579,10 +579,12 @@ class Pretraining:
 
         n, copies = int(self.windows["validation"][-1]), 1 + self.nsp
         document = self.document("validation", np.arange(n))
+        lengths = np.diff(self.documents["validation"])[document, 0].clip(max=self.room)
+        order = lengths.argsort(kind="stable")
         cuts, masks = np.random.default_rng(0), np.random.default_rng(1)
         for chosen in spread(n, max(rows // copies, 1), most and most // self.T):
             pairs, foreign = [], []
-            for i in chosen:
+            for i in order[chosen]:  # the short ones together, so that little is padded
                 for j in (i, self.foreign(document, i, n // 2))[:copies]:
                     both = (self.window("validation", x, self.room) for x in (i, j))
                     pairs.append(self.pair(*both, cuts))
