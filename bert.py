@@ -925,8 +925,9 @@ class Muon(torch.optim.AdamW):
             ahead = gradient.lerp(mean, momentum)  # 0.95 m + 0.05 g
             directions = orthogonalize(ahead, self.dtype).to(gradient.dtype)  # (n, rows, cols)
             longer = max(1, rows / cols) ** 0.5  # steps for tall ones (Jordan 2024)
+            if group["weight_decay"]:
+                torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
             for p, direction in zip(params, directions.split([len(p) // rows for p in params])):
-                p.mul_(1 - lr * group["weight_decay"])
                 p.sub_(direction.reshape(p.shape), alpha=lr * longer)
                 p.grad = None  # AdamW passes over what has no gradient
         super().step()

@@ -72,8 +72,7 @@ def check(config, **bounds):
 @dataclass
 class T5Config:
     """The architecture. Defaults are T5's, but for dropout (there 0.1); version 1.1 has
-    act="gated-gelu", tie=False. A text may have any length. ValueError for sizes that do not fit.
-    """
+    act="gated-gelu", tie=False. A text may have any length. ValueError where sizes do not fit."""
 
     vocab_size: int  # token types: special tokens + 256 bytes + merges
     n_layer: int  # blocks of the encoder
@@ -1025,8 +1024,9 @@ class Muon(torch.optim.AdamW):
             ahead = gradient.lerp(mean, momentum)  # 0.95 m + 0.05 g
             directions = orthogonalize(ahead, self.dtype).to(gradient.dtype)  # (n, rows, cols)
             longer = max(1, rows / cols) ** 0.5  # steps for tall ones (Jordan 2024)
+            if group["weight_decay"]:
+                torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
             for p, direction in zip(params, directions.split([len(p) // rows for p in params])):
-                p.mul_(1 - lr * group["weight_decay"])
                 p.sub_(direction.reshape(p.shape), alpha=lr * longer)
                 p.grad = None  # AdamW passes over what has no gradient
         super().step()
