@@ -579,8 +579,7 @@ class Pretraining:
 
         n, copies = int(self.windows["validation"][-1]), 1 + self.nsp
         document = self.document("validation", np.arange(n))
-        lengths = np.diff(self.documents["validation"])[document, 0].clip(max=self.room)
-        order = lengths.argsort(kind="stable")
+        order = np.diff(self.documents["validation"])[document, 0].argsort(kind="stable")
         cuts, masks = np.random.default_rng(0), np.random.default_rng(1)
         for chosen in spread(n, max(rows // copies, 1), most and most // self.T):
             pairs, foreign = [], []
