@@ -170,8 +170,7 @@ def read_documents(path: Path, members: str):
                     raise ValueError("it is binary, or UTF-16")
                 yield block
     except Exception as error:  # a damaged file can fail in any way
-        raise ValueError(f'{place} is not UTF-8 text (iconv converts it), an object with a "text", '
-                         f"or a whole .gz: {error}") from None
+        raise ValueError(f'{place} is no UTF-8 text, {{"text": ...}}, or .gz: {error}') from None
 
 
 def archive_texts(path: Path, members: str):
@@ -386,11 +385,11 @@ def task_rows(task, source: str, new: bool = False) -> list[list[dict]]:
         return [[row | {"place": it["title"]} for name, it in found if name == part
                  for row in task.from_story(it.groupdict(), source)] for part in PARTS]
     path = find_source(source)[0]
-    if source == "imdb":
-        named = [archive_texts(path, REVIEW.replace("|unsup", "").format(folder))
-                 for folder in ("train", "test")]
-        return [check_rows([dict(text=text, label=name.split("/")[2], place=name)
-                            for name, text in part], source, task) for part in named]
+    if source == "imdb" and "label" in task.columns:
+        members = REVIEW.replace("|unsup", "")
+        named = [archive_texts(path, members.format(folder)) for folder in ("train", "test")]
+        return [[dict(text=text, label=name.split("/")[2], place=name) for name, text in part]
+                for part in named]
     if path.is_dir():
         tables = {x.stem.lower(): x for x in path.iterdir() if x.suffix.lower() in TABLES}
         held_out = next(filter(tables.get, ("valid", "validation", "test")), "validation")
@@ -407,9 +406,10 @@ def task_rows(task, source: str, new: bool = False) -> list[list[dict]]:
 
 
 def read_table(path: Path, task) -> list[dict]:
-    """The rows of a .csv file, whose header is row 1, or a .jsonl file; see `check_rows`."""
+    """The rows of a .csv file, whose header is row 1, or a .jsonl file: the task's columns as texts
+    (optional ones in every row or in none), and `place`, the row's name. Raises ValueError."""
     rows, number, is_csv = [], 1, path.suffix.lower() == ".csv"
-    try:  # bytes that are no UTF-8 become surrogates, which `check_rows` finds; no byte order mark
+    try:  # bytes that are no UTF-8 become surrogates, which are found below; no byte order mark
         with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             csv.field_size_limit(1 << 24)  # characters in a cell
             table = csv.reader(file, strict=True, skipinitialspace=True) if is_csv else file
@@ -422,18 +422,10 @@ def read_table(path: Path, task) -> list[dict]:
                 row = dict(zip(header, row)) if header else json.loads(row)
                 rows.append(row | {"place": f"{path}, row {number}"})
     except Exception as error:  # a damaged file can fail in any way
-        raise ValueError(f"{path}, at row {number} or the next: {error} (it takes a .csv with a "
-                         "header, or a .jsonl)") from None
-    return check_rows(rows, path, task)
-
-
-def check_rows(rows: list[dict], source, task) -> list[dict]:
-    """The rows with the task's columns (optional ones in every row or in none) as texts, and their
-    `place`. Raises ValueError with the row and the column where one is empty."""
+        raise ValueError(f"{path}, row {number} or behind (.csv or .jsonl?): {error}") from None
     there = [*dict.fromkeys(name for row in rows for name in row if name != "place")]
     if not {*task.columns} <= {*there}:
-        columns = ", ".join(task.columns)
-        raise ValueError(f"{source} has no rows with columns {columns}, but with {there}")
+        raise ValueError(f"{path} has no rows with {', '.join(task.columns)}, but with {there}")
     used = [name for name in (*task.columns, *task.optional) if name in there]
     for row, name in itertools.product(rows, used):
         value = row.get(name)
@@ -644,10 +636,9 @@ def save_tokenizer(tokenizer, folder, template: list[str], **config) -> None:
     """Write the files of AutoTokenizer, in a folder. template: what stands around texts A and B, as
     ["[CLS]", "A", "[SEP]", "B", "[SEP]"], if the tokenizer's own file does not say."""
     content = tokenizer.to_json()
-    for token in content["added_tokens"] if content["model"]["type"] == "BPE" else []:
-        # As in our prompts, a gap takes the space before it.
-        token["lstrip"] = bool(re.fullmatch(r"\[MASK\]|<extra_id_\d+>", token["content"]))
     if not content["post_processor"]:
+        for token in content["added_tokens"]:  # as in our prompts, a gap takes the space before it
+            token["lstrip"] = bool(re.fullmatch(r"\[MASK\]|<extra_id_\d+>", token["content"]))
         n = template.index("B")  # B and what follows: segment 1
         steps = [{"Sequence" if x in "AB" else "SpecialToken": dict(id=x, type_id=int(i >= n))}
                  for i, x in enumerate(template)]
@@ -668,8 +659,7 @@ class Log:
     """log.jsonl, a line of JSON per event; loss.svg, drawn from it; progress on standard error."""
 
     def __init__(self, run, task, model, state: dict | None):
-        """state: of the checkpoint that the run goes on from; what was logged behind it is dropped.
-        """
+        """state: the checkpoint that the run goes on from; what was logged behind it is dropped."""
         self.run, self.path, self.rows = run, Path(run.out_dir) / "log.jsonl", []
         self.step, self.pending = (state["step"], state["pending"]) if state else (0, [])
         if self.step and self.path.exists():  # (a line that a crash cut short is none)
@@ -682,7 +672,7 @@ class Log:
         say(f"data: {run.data or 'the stories of input.txt'}, {task.description}",
             f"model: {weights / 1e6:.2f} million parameters, on {device} in {str(dtype)[6:]}",
             f"steps {self.step:,} to {run.max_steps:,}, of {run.batch_size * run.grad_accum} rows")
-        self.since = time.monotonic()  # the last line
+        self.since, self.tokens = time.monotonic(), 0  # the last line; tokens read since
         self.started = self.since - (self.rows[-1]["seconds"] if self.rows else 0)
 
     def write(self, **row) -> None:
@@ -694,31 +684,30 @@ class Log:
 
     def add(self, loss: torch.Tensor, batch: dict) -> None:
         """Remember a step's loss, without waiting for it, and how many tokens it read."""
-        read = sum(batch[name].numel() for name in batch.keys() & {"idx", "src", "tgt"})
-        self.pending.append((loss, read))  # the loss stays on the device
+        self.pending.append(loss)  # it stays on the device
+        self.tokens += sum(batch[name].numel() for name in batch.keys() & {"idx", "src", "tgt"})
 
-    def checked(self, *more) -> list[tuple[float, int]]:
-        """(loss, tokens) of the steps since the last line. Raises ValueError if one diverged."""
-        losses = [(float(loss), tokens) for loss, tokens in (*self.pending, *more)]
-        if not math.isfinite(sum(loss for loss, _ in losses)):
-            raise ValueError(f"the loss is {losses[-1][0]} at step {self.step + len(losses)}: "
-                             f"{self.run.out_dir} keeps the last good checkpoint. Try half the "
-                             "--lr and --matrix_lr, a longer --warmup_steps, or --dtype float32")
+    def checked(self, *more) -> list[float]:
+        """The losses of the steps since the last line. Raises ValueError if one diverged."""
+        losses = [float(loss) for loss in (*self.pending, *more)]
+        if not math.isfinite(sum(losses)):
+            raise ValueError(f"the loss is {losses[-1]} at step {self.step + len(losses)}: halve "
+                             "--lr and --matrix_lr, or take float32; the last checkpoint stays")
         return losses
 
     def report(self, step: int, rate: float) -> None:
         """Write and show the mean loss since the last line. rate: the share of the highest --lr."""
-        losses, tokens = zip(*self.checked())
-        seconds, self.since = time.monotonic() - self.since, time.monotonic()  # since the last line
-        speed, left = sum(tokens) / seconds, (self.run.max_steps - step) * seconds / len(losses)
-        self.step, self.pending, loss = step, [], sum(losses) / len(losses)
+        losses, seconds = self.checked(), time.monotonic() - self.since
+        speed, left = self.tokens / seconds, (self.run.max_steps - step) * seconds / len(losses)
+        self.step, self.pending, self.tokens, self.since = step, [], 0, time.monotonic()
+        loss = sum(losses) / len(losses)
         self.write(step=step, loss=loss, lr=rate * self.run.lr, tokens_per_second=round(speed))
         say(f"step {step}/{self.run.max_steps}  loss {loss:.3f}  {speed:,.0f} tokens/s  "
             f"{timedelta(seconds=round(left))} left", end=" \r" if sys.stderr.isatty() else "\n")
 
     def evaluated(self, step: int, found: dict, sample: str, worse: int) -> None:
         """Write and show what an evaluation found, and a sample; redraw the chart."""
-        self.checked((found["val_loss"], 0))  # no best.pt of a lost run
+        self.checked(found["val_loss"])  # no best.pt of a lost run
         self.write(step=step, **found)
         figures = "  ".join(f"{name} {value:.4f}" for name, value in found.items())
         say(f"step {step}  {figures:<60}", *(f"    {line}" for line in sample.splitlines() if line))
@@ -959,7 +948,6 @@ def parse_command(module, arguments: list[str]):
 # 8. The commands. `module` is gpt, bert or t5: the file that was started --------------------------
 
 WHICH = "out_dir init_from device dtype seed".split()  # the fields of Run that all commands have
-TRAIN = [option.name for option in fields(Run) if option.name != "to"]
 LEAST = {option.name: 0 for option in fields(Run) if option.type in (int, float)}
 LEAST |= dict(max_steps=1, batch_size=1, grad_accum=1, log_interval=1, seed=(0, 2**31))
 
@@ -967,15 +955,15 @@ LEAST |= dict(max_steps=1, batch_size=1, grad_accum=1, log_interval=1, seed=(0, 
 def commands_of(module) -> dict[str, tuple]:
     """name -> (function, [(dataclass, its fields that are flags, or None: all)], defaults)."""
     first, own = next(iter(module.PRESETS.values())), f"out/{module.NAME}"
-    sizes = [(module.Config, None), (module.Pretraining, None), (Run, TRAIN)]
+    sizes = [(module.Config, None), (module.Pretraining, None), (Run, None)]
+    learns = [(module.Finetuning, None), (Run, None), (module.Config, ["dropout"])]
     which = dict(out_dir=own, init_from="", data="")
     tuned = dict(kind=module.Finetuning, out_dir=f"{own}-finetuned", init_from=own, data="",
                  log_interval=20, eval_interval=0, patience=3, dropout=None,
                  **module.FINETUNING["laptop"])
     commands = dict(
         train=(train_command, sizes, first | dict(out_dir=own, kind=module.Pretraining)),
-        finetune=(train_command, [(module.Finetuning, None), (Run, TRAIN),
-                                  (module.Config, ["dropout"])], tuned),
+        finetune=(train_command, learns, tuned),
         generate=(generate_command, [(module.GenerateConfig, None), (Run, WHICH)], which),
         eval=(eval_command, [(Run, [*WHICH, "data", "batch_size"])], which),
         export=(export_command, [(Run, [*WHICH, "to"])], which),
