@@ -125,11 +125,10 @@ def download(url: str, path, token: str = "") -> Path:
 HUB = "https://huggingface.co"
 STORIES = f"{HUB}/datasets/roneneldan/TinyStories/resolve/main/TinyStories"
 CHARACTERS = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data"
-REVIEWS = "https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz"
 NAMED = {  # name -> where its training part is, and its validation part if it brings one
     "shakespeare": [f"{CHARACTERS}/tinyshakespeare/input.txt"],
     "tinystories": [f"{STORIES}-train.txt", f"{STORIES}-valid.txt"],
-    "imdb": [REVIEWS, REVIEWS],
+    "imdb": ["https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz"] * 2,
 }
 REVIEW = r"aclImdb/{}/(pos|neg|unsup)/\d+_\d+\.txt"  # in its archive, in folders train and test
 PARTS, TABLES = ("train", "validation"), (".csv", ".jsonl")
@@ -433,7 +432,8 @@ def read_table(path: Path, task) -> list[dict]:
             value = json.dumps(value)
         if not isinstance(value, str) or not value.strip() or re.search("[\ud800-\udfff]", value):
             raise ValueError(f"{row['place']}: the column {name!r} is empty, or no UTF-8 text")
-        row[name] = re.sub(r"^(-?\d+)\.0+$", r"\1", value.strip())  # 1.0 is 1
+        value = value.strip()
+        row[name] = re.sub(r"^(-?\d+)\.0+$", r"\1", value) if name == "label" else value  # 1.0: 1
     return [{name: row[name] for name in (*used, "place")} for row in rows]
 
 
@@ -521,10 +521,10 @@ def pretrained_folder(name_or_folder) -> Path:
     name, folder = str(name_or_folder), Path(name_or_folder)
     if (folder / "config.json").exists():
         return folder
-    near = folder.is_dir() or folder.parent != Path() and folder.parent.is_dir()  # not the hub's
-    if near or not re.fullmatch(r"(?!out/)(\w[\w.-]*/)?\w[\w.-]*(?<!\.pt)", name, re.ASCII):
-        raise ValueError(f"{name} is no run (train first), no published model, with a config.json, "
-                         "and no name of one, like gpt2")
+    ours = folder.is_dir() or folder.suffix == ".pt" or folder.parts[0] in ("out", "scratch")
+    near = folder.parent != Path() and folder.parent.is_dir()  # then it is not the hub's
+    if ours or near or not re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", name, re.ASCII):
+        raise ValueError(f"{name} is no run (train first), no published model, no name of one")
     folder = cache_folder() / "hub" / name.replace("/", "--")
     hub = f"{(os.environ.get('HF_ENDPOINT') or HUB).rstrip('/')}/{name}/resolve/main"
 
@@ -897,12 +897,11 @@ def add_flags(parser, cls, names, defaults: dict) -> None:
     for option in fields(cls):
         name, kinds = option.name, get_args(option.type) or (option.type,)  # types, or choices
         if option.metadata.get("flag", True) and name in (names or [name]):
-            choices = kinds if isinstance(kinds[0], str) else ()
+            choices = kinds if isinstance(kinds[0], str) else ()  # (`check` sees to them)
             kind = str if choices else {bool: boolean, dict: json.loads}.get(kinds[0], kinds[0])
             note = f"; default {defaults[name]}" if defaults.get(name) else ""
             text = (helps.get(name, "") + note).replace("%", "%%")
-            group.add_argument(f"--{name}", metavar="|".join(choices), type=kind, help=text,
-                               choices=choices or None)
+            group.add_argument(f"--{name}", metavar="|".join(choices), type=kind, help=text)
 
 
 def build(cls, settings: dict):
