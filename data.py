@@ -69,12 +69,11 @@ def cache_folder() -> Path:
 
 @contextlib.contextmanager
 def replacing(path, mode: str = "wb"):
-    """Open a temporary file that takes the place of `path` once it is whole and on the disk: at any
-    time `path` holds all of the old content, or all of the new. Raises OSError, naming `path`."""
+    """Open a file that takes the place of `path` only once it is whole, on the disk. OSError."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
             file.flush()
@@ -90,21 +89,20 @@ def download(url: str, path, token: str = "") -> Path:
     """Fetch `url` to `path` unless it is there. What has arrived stays in PATH.part, where the next
     try goes on. token: for the host of `url` alone. Raises OSError (FileNotFoundError: refused)."""
     import requests  # takes a fifth of a second, so only where it is needed
-    path, failures, reason = Path(path), 0, "there is no connection"
+    path, failures = Path(path), 0
     part = path.with_name(path.name + ".part")
     path.parent.mkdir(parents=True, exist_ok=True)
     while not path.exists():
-        have = part.stat().st_size if part.exists() else 0
-        headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
+        have, status = part.stat().st_size if part.exists() else 0, "unknown"
+        headers = {"Accept-Encoding": "identity", "Range": f"bytes={have}-"}
         headers |= {"Authorization": f"Bearer {token}"} if token else {}  # dropped if redirected
         with contextlib.suppress(requests.RequestException):
             with requests.get(url, headers=headers, stream=True, timeout=30) as answer:
                 status, left = answer.status_code, int(answer.headers.get("Content-Length", 0))
-                reason = "the connection broke" if status < 400 else f"it answered {status}"
                 if status == 416:  # nothing comes behind it: we begin again
-                    part.unlink()
+                    part.unlink(missing_ok=True)
                 elif 400 <= status < 500 and status != 429:  # 429: too many requests
-                    raise FileNotFoundError(status, f"{url} answered {status}: check the address")
+                    raise FileNotFoundError(f"{url} answered {status}: check the address")
                 answer.raise_for_status()
                 with open(part, "ab" if status == 206 else "wb") as file:
                     for block in answer.iter_content(1 << 14):
@@ -112,10 +110,10 @@ def download(url: str, path, token: str = "") -> Path:
                         if sys.stderr.isatty():
                             say(f"\r{path.name}: {left / 1e6:.1f} MB left ", end="")
                 if left <= 0:
-                    part.replace(path)  # only a whole file has this name
+                    return part.replace(path)  # only a whole file has this name
         failures = 0 if part.exists() and part.stat().st_size > have else failures + 1
-        if failures == 5 and not path.exists():
-            raise OSError(f"cannot download {url}: {reason}, 5 times; try again later")
+        if failures == 5:
+            raise OSError(f"cannot download {url}: nothing comes, 5 times (status {status})")
         time.sleep(failures)
     return path
 
@@ -127,11 +125,10 @@ def download(url: str, path, token: str = "") -> Path:
 HUB = "https://huggingface.co"
 STORIES = f"{HUB}/datasets/roneneldan/TinyStories/resolve/main/TinyStories"
 CHARACTERS = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data"
-REVIEWS = "https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz"
 NAMED = {  # name -> where its training part is, and its validation part if it brings one
     "shakespeare": [f"{CHARACTERS}/tinyshakespeare/input.txt"],
     "tinystories": [f"{STORIES}-train.txt", f"{STORIES}-valid.txt"],
-    "imdb": [REVIEWS, REVIEWS],
+    "imdb": ["https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz"] * 2,
 }
 REVIEW = r"aclImdb/{}/(pos|neg|unsup)/\d+_\d+\.txt"  # in its archive, in folders train and test
 PARTS, TABLES = ("train", "validation"), (".csv", ".jsonl")
@@ -142,8 +139,8 @@ load_tokenizer = functools.lru_cache(1)(Tokenizer.load)  # each process loads it
 
 
 def find_source(name: str) -> list[Path]:
-    """Where a source (a key of NAMED, a URL, a file or a folder) is: its training part, and its
-    validation part if it has one. Raises OSError or ValueError if there is none."""
+    """The training part, and if it has one the validation part, of a key of NAMED, a URL, a file or
+    a folder. Raises OSError or ValueError if there is none."""
     if name in NAMED or re.match(r"https?://", name):
         return [download(url, cache_folder() / hashlib.sha256(url.encode()).hexdigest()[:16]
                          / (url.partition("?")[0].rpartition("/")[2] or "text"))
@@ -172,16 +169,13 @@ def read_documents(path: Path, members: str):
                     raise ValueError("it is binary, or UTF-16")
                 yield block
     except Exception as error:  # a damaged file can fail in any way
-        raise ValueError(f'{place} is not UTF-8 text (iconv converts it), an object with a "text", '
-                         f"or a whole .gz: {error}") from None
+        raise ValueError(f'{place} is no UTF-8 text, {{"text": ...}}, or .gz: {error}') from None
 
 
 def archive_texts(path: Path, members: str):
     """Yield (name, text) of the members of a .tar.gz; nothing is unpacked to the disk."""
     with tarfile.open(path, "r|gz") as archive:
         for member in archive:
-            if member.size > 1 << 27:  # a small archive can hold gigabytes of zeros, or say so
-                raise ValueError(f"{member.name} has {member.size:,} bytes")
             if member.isfile() and re.fullmatch(members, member.name):
                 text = archive.extractfile(member).read().decode("utf-8-sig")
                 yield member.name, text.replace("<br /><br />", "\n\n")
@@ -294,9 +288,8 @@ class Corpus:
 
 
 def prepare(source: str, vocab_size: int, special_tokens, separator: str, tokenizer=None) -> Corpus:
-    """The corpus of a source. Without a tokenizer one of `vocab_size` types is trained on the
-    training part. separator: the special token that stands before, between and after documents.
-    Raises ValueError or OSError where the source cannot be used."""
+    """The corpus of a source; without a tokenizer one of `vocab_size` types is trained on it. (Then
+    both are in the cache.) Raises ValueError or OSError where the source cannot be used."""
     local = int(os.environ.get("LOCAL_RANK", 0))
     if local > 0:  # the first rank of a machine makes what the others then find
         torch.distributed.barrier()
@@ -380,10 +373,10 @@ def spread(n: int, size: int, most: int | None = None):
 # 3. Tables of examples to fine-tune on ------------------------------------------------------------
 
 
-def task_rows(task, source: str) -> list[list[dict]]:
+def task_rows(task, source: str, new: bool = False) -> list[list[dict]]:
     """The rows to learn from and those held out: of a .csv or .jsonl file (or its URL), a folder of
-    two, or `imdb`; of "" the stories of input.txt. A row is a dict column -> text, and `place`, its
-    name. Of one file always the same random tenth is held out. Raises ValueError or OSError."""
+    two, or `imdb`; of "" the stories of input.txt. Of one file always the same random tenth is held
+    out. new: no model has learned from any, so all are. Raises ValueError or OSError."""
     if source in task.demonstrations:  # held out are those that no model has seen in pretraining
         story = re.compile(r"Title: (?P<title>.+)\nTopic: (?P<topic>.+)\n\n(?P<text>(?s:.+))")
         found = [(part, it) for part, piece in parts("input.txt") for it in
@@ -391,17 +384,19 @@ def task_rows(task, source: str) -> list[list[dict]]:
         return [[row | {"place": it["title"]} for name, it in found if name == part
                  for row in task.from_story(it.groupdict(), source)] for part in PARTS]
     path = find_source(source)[0]
-    if source == "imdb":
-        named = [archive_texts(path, REVIEW.replace("|unsup", "").format(folder))
-                 for folder in ("train", "test")]
-        return [check_rows([dict(text=text, label=name.split("/")[2], place=name)
-                            for name, text in part], source, task) for part in named]
+    if source == "imdb" and "label" in task.columns:
+        members = REVIEW.replace("|unsup", "")
+        named = [archive_texts(path, members.format(folder)) for folder in ("train", "test")]
+        return [[dict(text=text, label=name.split("/")[2], place=name) for name, text in part]
+                for part in named]
     if path.is_dir():
         tables = {x.stem.lower(): x for x in path.iterdir() if x.suffix.lower() in TABLES}
-        held_out = ("valid", "validation", "test")
-        names = "train", next((name for name in held_out if name in tables), "validation")
-        return [read_table(tables.get(name, path / f"{name}.csv"), task) for name in names]
+        held_out = next(filter(tables.get, ("valid", "validation", "test")), "validation")
+        return [read_table(tables.get(name, path / f"{name}.csv"), task)
+                for name in (held_out if new else "train", held_out)]
     rows = read_table(path, task)
+    if new:
+        return [rows, rows]
     if len(rows) < 2:
         raise ValueError(f"{path} has 1 row: it takes two, one to learn from and one to hold out")
     order = np.random.default_rng(0).permutation(len(rows))  # the same every time
@@ -410,18 +405,15 @@ def task_rows(task, source: str) -> list[list[dict]]:
 
 
 def read_table(path: Path, task) -> list[dict]:
-    """The rows of a .csv file, whose header is row 1, or a .jsonl file; see `check_rows`."""
-    kind, rows, number = path.suffix.lower(), [], 0
-    if kind not in TABLES or not path.exists():
-        raise ValueError(f"{path} is no .csv or .jsonl file with columns {', '.join(task.columns)}")
-    try:  # bytes that are no UTF-8 become surrogates, which `check_rows` finds; no byte order mark
+    """The rows of a .csv file, whose header is row 1, or a .jsonl file: the task's columns as texts
+    (optional ones in every row or in none), and `place`, the row's name. Raises ValueError."""
+    rows, number, is_csv = [], 1, path.suffix.lower() == ".csv"
+    try:  # bytes that are no UTF-8 become surrogates, which are found below; no byte order mark
         with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             csv.field_size_limit(1 << 24)  # characters in a cell
-            table = csv.reader(file, strict=True, skipinitialspace=True) if kind == ".csv" else file
-            header = [name.strip() for name in next(table, [])] if kind == ".csv" else []
-            if twice := [x for x in header if x and header.count(x) > 1]:
-                raise ValueError(f"the column {twice[0]!r} twice")
-            for number, row in enumerate(table, 1 + (kind == ".csv")):
+            table = csv.reader(file, strict=True, skipinitialspace=True) if is_csv else file
+            header = [name.strip() for name in next(table)] if is_csv else []
+            for number, row in enumerate(table, 1 + is_csv):
                 if not "".join(row).strip():  # a blank row
                     continue
                 if any(row[len(header) :]) and header:
@@ -429,25 +421,15 @@ def read_table(path: Path, task) -> list[dict]:
                 row = dict(zip(header, row)) if header else json.loads(row)
                 rows.append(row | {"place": f"{path}, row {number}"})
     except Exception as error:  # a damaged file can fail in any way
-        raise ValueError(f"{path}, row {number or 1}, or behind it: {error} (a .csv has a header, "
-                         "a .jsonl JSON objects)") from None
-    return check_rows(rows, path, task)
-
-
-def check_rows(rows: list[dict], source, task) -> list[dict]:
-    """The rows with the task's columns (optional ones in every row or in none) and `place`. Numbers
-    become texts, 1.0 like 1. Raises ValueError with the row and the column where one is empty."""
-    if not rows:
-        raise ValueError(f"{source} has no rows, with columns {', '.join(task.columns)}")
-    there = dict.fromkeys(name for row in rows for name in row if name != "place")
+        raise ValueError(f"{path}, row {number} or behind (.csv or .jsonl?): {error}") from None
+    there = [*dict.fromkeys(name for row in rows for name in row if name != "place")]
+    if not {*task.columns} <= {*there}:
+        raise ValueError(f"{path} has no rows with {', '.join(task.columns)}, but with {there}")
     used = [name for name in (*task.columns, *task.optional) if name in there]
-    for name in task.columns:
-        if name not in used:
-            raise ValueError(f"{source} has no column {name!r}, but {[*there]} in {len(rows)} rows")
     for row, name in itertools.product(rows, used):
         value = row.get(name)
         if isinstance(value, (int, float)) and value == value:  # NaN, which is not, says nothing
-            value = json.dumps(value).removesuffix(".0")
+            value = json.dumps(value)
         if not isinstance(value, str) or not value.strip() or re.search("[\ud800-\udfff]", value):
             raise ValueError(f"{row['place']}: the column {name!r} is empty, or no UTF-8 text")
         value = value.strip()
@@ -462,8 +444,7 @@ class Batches:
         self.lengths = np.asarray(lengths)  # (n,)
 
     def chosen(self, run, step: int) -> np.ndarray:
-        """The rows of a step, at most batch_size * grad_accum, which depend on (seed, step) alone.
-        An epoch takes each once."""
+        """A step's rows, at most batch_size * grad_accum, by (seed, step); an epoch has each."""
         size = run.batch_size * run.grad_accum
         epoch, number = divmod(step, math.ceil(len(self.lengths) / size))  # number: of the batch
         return self.epoch(size, run.seed, epoch)[number]
@@ -530,6 +511,7 @@ def word_overlap(written: str, truth: str) -> dict[str, float]:
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 VOCABULARIES = (["tokenizer.json"], ["spiece.model"], ["merges.txt", "vocab.json"], ["vocab.txt"])
 
 
@@ -539,42 +521,30 @@ def pretrained_folder(name_or_folder) -> Path:
     name, folder = str(name_or_folder), Path(name_or_folder)
     if (folder / "config.json").exists():
         return folder
-    near = folder.is_dir() or folder.parent != Path() and folder.parent.is_dir()  # not the hub's
-    if near or not re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", name, re.ASCII):
-        raise ValueError(f"{name} holds no run (ckpt.pt) and no published model (config.json), and "
-                         "is no name of one, like gpt2")
+    ours = folder.is_dir() or folder.suffix == ".pt" or folder.parts[0] in ("out", "scratch")
+    near = folder.parent != Path() and folder.parent.is_dir()  # then it is not the hub's
+    if ours or near or not re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", name, re.ASCII):
+        raise ValueError(f"{name} is no run (train first), no published model, no name of one")
     folder = cache_folder() / "hub" / name.replace("/", "--")
-    if (folder / "complete").exists():  # then no network is needed
-        return folder
     hub = f"{(os.environ.get('HF_ENDPOINT') or HUB).rstrip('/')}/{name}/resolve/main"
 
     def get(file: str) -> Path | None:
-        try:
+        with contextlib.suppress(FileNotFoundError):  # there is no such file
             return download(f"{hub}/{file}", folder / file, os.environ.get("HF_TOKEN", "").strip())
-        except FileNotFoundError as error:
-            if error.errno == 404 and file != "config.json":
-                return None  # (401 is also how the hub hides that there is none)
-            raise OSError(f"no {file} of {name} is here or on the hub, it answered {error.errno}: "
-                          "check the spelling; if it is private, set HF_TOKEN") from None
 
-    get("config.json")
-    get("tokenizer_config.json")
-    next(files for files in (*VOCABULARIES, []) if all(map(get, files)))  # the first that it has
-    if not weight_files(get):
-        raise OSError(f"the hub has no model.safetensors or pytorch_model.bin of {name}")
-    (folder / "complete").touch()
+    def get_weights(file: str) -> bool:
+        index = None if get(file) else get(f"{file}.index.json")  # of shards
+        shards = read_object(index)["weight_map"].values() if index else [file]
+        return all([get(Path(shard).name) for shard in set(shards)])
+
+    if not (folder / "complete").exists():  # else no network is needed
+        if not get("config.json") or not any(map(get_weights, WEIGHTS)):
+            raise OSError(f"the hub has no {name} with a config.json and {' or '.join(WEIGHTS)}: "
+                          "check the spelling; if it is private, set HF_TOKEN")
+        get("tokenizer_config.json")
+        any(all(map(get, files)) for files in VOCABULARIES)  # the first that it has
+        (folder / "complete").touch()
     return folder
-
-
-def weight_files(get) -> list[Path]:
-    """A model's files of weights: one, or shards, or none. get(name) -> a file, or None."""
-    for file in "model.safetensors", "pytorch_model.bin":
-        if whole := get(file):
-            return [whole]
-        if index := get(f"{file}.index.json"):
-            names = {Path(name).name for name in read_object(index)["weight_map"].values()}
-            return list(filter(None, map(get, sorted(names))))
-    return []
 
 
 def read_object(path) -> dict:
@@ -588,29 +558,29 @@ def read_object(path) -> dict:
 def stored_weights(folder: Path) -> dict[str, torch.Tensor]:
     """The tensors in a folder's weight files; nothing in them is run. A .safetensors is 8 bytes
     (the header's length), a header in JSON with each tensor's dtype, shape and where its bytes are,
-    then those bytes, which stay on the disk until they are used."""
+    then those bytes, which stay on the disk until used. Raises ValueError with the file's name."""
     tensors = {}
-    for path in weight_files(lambda file: next(folder.glob(file), None)):
-        if path.suffix == ".bin":
-            tensors |= torch.load(path, map_location="cpu", weights_only=True)
-            continue
-        content = np.memmap(path, np.uint8, "c")
-        start = 8 + int.from_bytes(content[:8].tobytes(), "little")  # where the tensors begin
-        header = json.loads(content[8:start].tobytes())
-        for name in header.keys() - {"__metadata__"}:
-            begin, end = header[name]["data_offsets"]
-            raw = torch.from_numpy(content[start + begin : start + end])  # (bytes,) uint8
-            tensors[name] = raw.view(DTYPES[header[name]["dtype"]]).view(header[name]["shape"])
-    if not tensors:
-        raise ValueError("it has no model.safetensors or pytorch_model.bin with weights")
+    for path in [*folder.glob("*.safetensors")] or folder.glob("pytorch_model*.bin"):
+        try:
+            if path.suffix == ".bin":
+                tensors |= torch.load(path, map_location="cpu", weights_only=True)
+                continue
+            content = np.memmap(path, np.uint8, "c")
+            start = 8 + int.from_bytes(content[:8].tobytes(), "little")  # where the tensors begin
+            header = json.loads(content[8:start].tobytes())
+            for name in header.keys() - {"__metadata__"}:
+                begin, end = header[name]["data_offsets"]
+                raw = torch.from_numpy(content[start + begin : start + end])  # (bytes,) uint8
+                tensors[name] = raw.view(DTYPES[header[name]["dtype"]]).view(header[name]["shape"])
+        except Exception as error:  # a damaged file can fail in any way
+            raise ValueError(f"{path}: {error}") from None
     return tensors
 
 
 def load_weights(tensors: dict, targets: dict, missing: str = "$^") -> None:
     """Copy each tensor, by its published name, into the target of that name, which may be a view.
-    Names may share a target (tied weights): one of them has to be there; where more are, they have
-    to agree. missing: a pattern of names that the files need not have. Raises ValueError, before
-    anything is copied, where a tensor is missing, unknown, or of another shape."""
+    Names may share a target (tied weights): one of them has to be there, and all have to agree.
+    missing: a pattern of names that may be. ValueError: one is missing, unknown, odd, or NaN."""
     filled = {targets[name].data_ptr() for name in tensors.keys() & targets.keys()}
     for name in targets.keys() - tensors.keys():
         if targets[name].data_ptr() not in filled and not re.match(missing, name):
@@ -619,29 +589,10 @@ def load_weights(tensors: dict, targets: dict, missing: str = "$^") -> None:
         have, need = tensor.shape, targets[name].shape if name in targets else "unknown here"
         if have != need or not tensor.is_floating_point():
             raise ValueError(f"{name!r} is {tensor.dtype} {[*have]}, not {need}")
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            targets[name].copy_(tensor)
+        targets[name].data.copy_(tensor)
     for name, tensor in tensors.items():
         if not torch.equal(targets[name], tensor.to(targets[name].dtype)):
-            raise ValueError(f"{name!r} differs from another that this model ties to it")
-
-
-def save_weights(folder, tensors: dict) -> None:
-    """Write FOLDER/model.safetensors; of names that share a tensor (tied weights) only one."""
-    own = {(x.data_ptr(), x.shape): name for name, x in reversed(tensors.items())}  # the first
-    tensors = {name: tensors[name].detach().cpu().contiguous() for name in own.values()}
-    dtypes, end = {dtype: name for name, dtype in DTYPES.items()}, 0  # end: of the bytes so far
-    header = {"__metadata__": {"format": "pt"}}
-    for name, x in tensors.items():
-        begin, end = end, end + x.nbytes
-        header[name] = dict(dtype=dtypes[x.dtype], shape=[*x.shape], data_offsets=[begin, end])
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # so that the numbers begin at a multiple of 8
-    with replacing(Path(folder) / "model.safetensors") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors.values():
-            file.write(tensor.view(-1).view(torch.uint8).numpy())
+            raise ValueError(f"{name!r} has NaN, or is not what this model ties to it")
 
 
 def published_weights(module, model) -> dict[str, torch.Tensor]:
@@ -655,26 +606,39 @@ def published_weights(module, model) -> dict[str, torch.Tensor]:
 
 
 def save_published(module, folder, model, task) -> None:
-    """Write config.json, with the task for us and labels for `transformers`, and the weights."""
+    """Write config.json, with the task for us and labels for `transformers`, and model.safetensors,
+    see `stored_weights`; of names that share a tensor (tied weights) it has only one."""
     config = module.to_published(model.config) | module.FIXED
     if task:
         config["task"] = asdict(task) | {"kind": type(task).__name__}
     if labels := getattr(task, "labels", None):
         config["id2label"] = dict(enumerate(labels))
         config["label2id"] = {label: i for i, label in enumerate(labels)}
-    save_weights(folder, published_weights(module, model))
+    weights = published_weights(module, model)
+    own = {(x.data_ptr(), x.shape): name for name, x in reversed(weights.items())}  # the first
+    tensors = {name: weights[name].detach().cpu().contiguous() for name in own.values()}
+    dtypes, end = {dtype: name for name, dtype in DTYPES.items()}, 0  # end: of the bytes so far
+    header = {"__metadata__": {"format": "pt"}}
+    for name, x in tensors.items():
+        begin, end = end, end + x.nbytes
+        header[name] = dict(dtype=dtypes[x.dtype], shape=[*x.shape], data_offsets=[begin, end])
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # so that the numbers begin at a multiple of 8
+    with replacing(Path(folder) / "model.safetensors") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            file.write(tensor.view(-1).view(torch.uint8).numpy())
     with replacing(Path(folder) / "config.json", "w") as file:
         json.dump(config, file, indent=1)
 
 
 def save_tokenizer(tokenizer, folder, template: list[str], **config) -> None:
-    """Write FOLDER/tokenizer.json and tokenizer_config.json for AutoTokenizer. template: what
-    stands around texts A and B, as ["[CLS]", "A", "[SEP]", "B", "[SEP]"], if it has none."""
+    """Write the files of AutoTokenizer, in a folder. template: what stands around texts A and B, as
+    ["[CLS]", "A", "[SEP]", "B", "[SEP]"], if the tokenizer's own file does not say."""
     content = tokenizer.to_json()
-    for token in content["added_tokens"] if content["model"]["type"] == "BPE" else []:
-        # As in our prompts, a gap takes the space before it.
-        token["lstrip"] = bool(re.fullmatch(r"\[MASK\]|<extra_id_\d+>", token["content"]))
     if not content["post_processor"]:
+        for token in content["added_tokens"]:  # as in our prompts, a gap takes the space before it
+            token["lstrip"] = bool(re.fullmatch(r"\[MASK\]|<extra_id_\d+>", token["content"]))
         n = template.index("B")  # B and what follows: segment 1
         steps = [{"Sequence" if x in "AB" else "SpecialToken": dict(id=x, type_id=int(i >= n))}
                  for i, x in enumerate(template)]
@@ -695,8 +659,7 @@ class Log:
     """log.jsonl, a line of JSON per event; loss.svg, drawn from it; progress on standard error."""
 
     def __init__(self, run, task, model, state: dict | None):
-        """state: of the checkpoint that the run goes on from. What was logged behind it is dropped;
-        the losses since its last line are in `pending`."""
+        """state: the checkpoint that the run goes on from; what was logged behind it is dropped."""
         self.run, self.path, self.rows = run, Path(run.out_dir) / "log.jsonl", []
         self.step, self.pending = (state["step"], state["pending"]) if state else (0, [])
         if self.step and self.path.exists():  # (a line that a crash cut short is none)
@@ -709,7 +672,7 @@ class Log:
         say(f"data: {run.data or 'the stories of input.txt'}, {task.description}",
             f"model: {weights / 1e6:.2f} million parameters, on {device} in {str(dtype)[6:]}",
             f"steps {self.step:,} to {run.max_steps:,}, of {run.batch_size * run.grad_accum} rows")
-        self.since = time.monotonic()  # the last line
+        self.since, self.tokens = time.monotonic(), 0  # the last line; tokens read since
         self.started = self.since - (self.rows[-1]["seconds"] if self.rows else 0)
 
     def write(self, **row) -> None:
@@ -721,33 +684,30 @@ class Log:
 
     def add(self, loss: torch.Tensor, batch: dict) -> None:
         """Remember a step's loss, without waiting for it, and how many tokens it read."""
-        read = sum(batch[name].numel() for name in ("idx", "src", "tgt") if name in batch)
-        self.pending.append((loss, read))  # the loss stays on the device
+        self.pending.append(loss)  # it stays on the device
+        self.tokens += sum(batch[name].numel() for name in batch.keys() & {"idx", "src", "tgt"})
 
-    def checked(self, *more) -> list[tuple[float, int]]:
-        """(loss, tokens) of the steps since the last line. Raises ValueError if one diverged."""
-        losses = [(float(loss), tokens) for loss, tokens in (*self.pending, *more)]
-        if not math.isfinite(sum(loss for loss, _ in losses)):
-            raise ValueError(f"the loss is {losses[-1][0]} at step {self.step + len(losses)}: "
-                             f"{self.run.out_dir} keeps the last good checkpoint. Try half the "
-                             "--lr and --matrix_lr, a longer --warmup_steps, or --dtype float32")
+    def checked(self, *more) -> list[float]:
+        """The losses of the steps since the last line. Raises ValueError if one diverged."""
+        losses = [float(loss) for loss in (*self.pending, *more)]
+        if not math.isfinite(sum(losses)):
+            raise ValueError(f"the loss is {losses[-1]} at step {self.step + len(losses)}: halve "
+                             "--lr and --matrix_lr, or take float32; the last checkpoint stays")
         return losses
 
     def report(self, step: int, rate: float) -> None:
         """Write and show the mean loss since the last line. rate: the share of the highest --lr."""
-        losses, tokens = zip(*self.checked())
-        seconds, self.since = time.monotonic() - self.since, time.monotonic()  # since the last line
-        speed, left = sum(tokens) / seconds, (self.run.max_steps - step) * seconds / len(losses)
-        self.step, self.pending, loss = step, [], sum(losses) / len(losses)
+        losses, seconds = self.checked(), time.monotonic() - self.since
+        speed, left = self.tokens / seconds, (self.run.max_steps - step) * seconds / len(losses)
+        self.step, self.pending, self.tokens, self.since = step, [], 0, time.monotonic()
+        loss = sum(losses) / len(losses)
         self.write(step=step, loss=loss, lr=rate * self.run.lr, tokens_per_second=round(speed))
-        left = timedelta(seconds=round(left))
         say(f"step {step}/{self.run.max_steps}  loss {loss:.3f}  {speed:,.0f} tokens/s  "
-            f"{left} left", end=" \r" if sys.stderr.isatty() else "\n")
+            f"{timedelta(seconds=round(left))} left", end=" \r" if sys.stderr.isatty() else "\n")
 
     def evaluated(self, step: int, found: dict, sample: str, worse: int) -> None:
-        """Write and show what an evaluation found, and a sample; redraw the chart. worse: so many
-        evaluations in a row had no lower val_loss than one before."""
-        self.checked((found["val_loss"], 0))  # no best.pt of a lost run
+        """Write and show what an evaluation found, and a sample; redraw the chart."""
+        self.checked(found["val_loss"])  # no best.pt of a lost run
         self.write(step=step, **found)
         figures = "  ".join(f"{name} {value:.4f}" for name, value in found.items())
         say(f"step {step}  {figures:<60}", *(f"    {line}" for line in sample.splitlines() if line))
@@ -827,8 +787,8 @@ def choose_device(name: str) -> torch.device:
 
 def machine(run):
     """(device, dtype, autocast, scaler) as --device and --dtype say: within `autocast` products are
-    computed in dtype, the scaler is for float16 alone. "auto" asks what the device can do, not how
-    fast it is right now: the same machine always gives the same numbers. Raises ValueError."""
+    computed in dtype, the scaler is for float16. "auto" asks what the device can do, not how fast
+    it is right now: the same machine always gives the same numbers."""
     device = choose_device(run.device)
     name = device.type
     if ranks()[1] > 1 and not torch.distributed.is_initialized():
@@ -865,8 +825,7 @@ def compile_loss(task, run, device) -> None:
 
 @contextlib.contextmanager
 def asked_to_stop():
-    """Within it Ctrl-C, or SIGTERM, only makes the yielded list true: no step is cut short. Ctrl-C
-    twice stops at once."""
+    """Within it Ctrl-C, or SIGTERM, only makes the yielded list true; the second stops at once."""
     pressed = []
 
     def note(number, frame):
@@ -914,14 +873,14 @@ class Run:
     compile: bool | None = None  # torch.compile (default: on CUDA, if there is a compiler)
     freeze: int = 0  # so many of the lowest layers, and the embeddings, stay as they are
     scratch: bool = False  # forget the weights: what is learned without pretraining?
-    to: str = ""  # the folder that export writes
+    to: str = "exported"  # the folder that export writes
 
 
-def hint(word: str, known) -> str:
-    """What may have been meant: a file that is there, or one of `known` that is spelled alike."""
-    near = difflib.get_close_matches(word.replace("-", "_"), known, 1)  # one at most
-    near = [f"--data {word}"] if Path(word).exists() else near
-    return f"; did you mean {near[0]}?" if near else ""
+def unknown(kind: str, word: str, known) -> ValueError:
+    """The error for a command or flag that there is not: it tells which may have been meant."""
+    near = difflib.get_close_matches(word, known, 1)  # one at most
+    meant = f"did you mean {near[0]}?" if near else "--help lists them"
+    return ValueError(f"there is no {kind} {word}; {meant}")
 
 
 def boolean(text: str) -> bool:
@@ -930,22 +889,19 @@ def boolean(text: str) -> bool:
 
 
 def add_flags(parser, cls, names, defaults: dict) -> None:
-    """A flag for each field of the dataclass, or for those in `names`. Its help is the comment
-    behind the field. What is not given stays out of the namespace."""
+    """A flag for each field (in `names`) of a dataclass. Its help is the comment behind it."""
     group, helps = parser.add_argument_group(cls.__name__), {}
     with contextlib.suppress(OSError):  # the source was not shipped
         source = Path(inspect.getfile(cls)).read_text("utf-8").partition(f"class {cls.__name__}")
         helps |= re.findall(r"(?m)^    (\w+):.*?  # (.*)$", source[2].partition("\n\n\n")[0])
     for option in fields(cls):
-        if not option.metadata.get("flag", True) or option.name not in (names or [option.name]):
-            continue
-        kind, *others = get_args(option.type) or (option.type,)
-        choices = [kind, *others] if isinstance(kind, str) else None
-        kind = str if choices else {bool: boolean, dict: json.loads}.get(kind, kind)
-        notes = [helps.get(option.name, ""), f"one of {', '.join(choices)}" if choices else "",
-                 f"default {defaults[option.name]}" if defaults.get(option.name) else ""]
-        group.add_argument(f"--{option.name}", default=argparse.SUPPRESS, metavar="", type=kind,
-                           choices=choices, help="; ".join(filter(None, notes)).replace("%", "%%"))
+        name, kinds = option.name, get_args(option.type) or (option.type,)  # types, or choices
+        if option.metadata.get("flag", True) and name in (names or [name]):
+            choices = kinds if isinstance(kinds[0], str) else ()  # (`check` sees to them)
+            kind = str if choices else {bool: boolean, dict: json.loads}.get(kinds[0], kinds[0])
+            note = f"; default {defaults[name]}" if defaults.get(name) else ""
+            text = (helps.get(name, "") + note).replace("%", "%%")
+            group.add_argument(f"--{name}", metavar="|".join(choices), type=kind, help=text)
 
 
 def build(cls, settings: dict):
@@ -955,29 +911,29 @@ def build(cls, settings: dict):
 
 
 def parse_command(module, arguments: list[str]):
-    """(the command's function, all its settings, those given). Defaults < --preset < --config <
-    flags. Raises ValueError for what cannot be understood."""
+    """(the command's function, its settings, those given). Defaults < --preset < --config < flags.
+    Raises ValueError or argparse.ArgumentError for what cannot be understood."""
     commands, presets = commands_of(module), module.PRESETS
-    command = bool(arguments) and not arguments[0].startswith("-")
-    chosen, names = arguments[0] if command else "train", ", ".join(commands)
-    if chosen not in commands:
-        raise ValueError(f"no command {chosen}, only {names}{hint(chosen, commands)}")
-    function, classes, defaults = commands[chosen]
+    named = bool(arguments) and not arguments[0].startswith("-")
+    command, *flags = arguments if named else ["train", *arguments]
+    if command not in commands:
+        raise unknown("command", command, commands)
+    function, classes, defaults = commands[command]
     options = {option.name: option.default for cls, _ in classes for option in fields(cls)}
     defaults = {name: value for name, value in options.items() if value is not MISSING} | defaults
     parser = argparse.ArgumentParser(
-        f"python {module.NAME}.py {chosen}", "%(prog)s [flags]", function.__doc__,
-        f"Commands: {names}. Without one: train.", allow_abbrev=False, exit_on_error=False)
+        f"python {module.NAME}.py {command}", "%(prog)s [flags]", function.__doc__,
+        f"Commands: {', '.join(commands)}. Without one: train.", allow_abbrev=False,
+        exit_on_error=False, argument_default=argparse.SUPPRESS)  # not given: not there
     if classes[0] == (module.Config, None):
         sizes = f"a named size: {', '.join(presets)} (default {next(iter(presets))})"
         parser.add_argument("--preset", metavar="", choices=presets, help=sizes)
         parser.add_argument("--config", metavar="", help="a .json of settings, such as run.json")
     for cls, names in classes:
         add_flags(parser, cls, names, defaults)
-    given, unknown = parser.parse_known_args(arguments[command:])
-    if unknown:
-        flag, known = unknown[0].partition("=")[0], parser._option_string_actions
-        raise ValueError(f"there is no flag {flag}{hint(flag, known)}; --help lists them")
+    given, others = parser.parse_known_args(flags)
+    if others:
+        raise unknown("flag", others[0].partition("=")[0], parser._option_string_actions)
     given = vars(given)
     preset, config = given.pop("preset", None), given.pop("config", None)
     read = read_object(config) if config else {}  # names are checked here, values by the classes
@@ -991,7 +947,6 @@ def parse_command(module, arguments: list[str]):
 # 8. The commands. `module` is gpt, bert or t5: the file that was started --------------------------
 
 WHICH = "out_dir init_from device dtype seed".split()  # the fields of Run that all commands have
-TRAIN = [option.name for option in fields(Run) if option.name != "to"]
 LEAST = {option.name: 0 for option in fields(Run) if option.type in (int, float)}
 LEAST |= dict(max_steps=1, batch_size=1, grad_accum=1, log_interval=1, seed=(0, 2**31))
 
@@ -999,15 +954,15 @@ LEAST |= dict(max_steps=1, batch_size=1, grad_accum=1, log_interval=1, seed=(0, 
 def commands_of(module) -> dict[str, tuple]:
     """name -> (function, [(dataclass, its fields that are flags, or None: all)], defaults)."""
     first, own = next(iter(module.PRESETS.values())), f"out/{module.NAME}"
-    sizes = [(module.Config, None), (module.Pretraining, None), (Run, TRAIN)]
+    sizes = [(module.Config, None), (module.Pretraining, None), (Run, None)]
+    learns = [(module.Finetuning, None), (Run, None), (module.Config, ["dropout"])]
     which = dict(out_dir=own, init_from="", data="")
     tuned = dict(kind=module.Finetuning, out_dir=f"{own}-finetuned", init_from=own, data="",
                  log_interval=20, eval_interval=0, patience=3, dropout=None,
                  **module.FINETUNING["laptop"])
     commands = dict(
         train=(train_command, sizes, first | dict(out_dir=own, kind=module.Pretraining)),
-        finetune=(train_command, [(module.Finetuning, None), (Run, TRAIN),
-                                  (module.Config, ["dropout"])], tuned),
+        finetune=(train_command, learns, tuned),
         generate=(generate_command, [(module.GenerateConfig, None), (Run, WHICH)], which),
         eval=(eval_command, [(Run, [*WHICH, "data", "batch_size"])], which),
         export=(export_command, [(Run, [*WHICH, "to"])], which),
@@ -1058,29 +1013,22 @@ def run_command(module, arguments: list[str]) -> int:
 
 def open_model(module, name, ready: bool = False) -> tuple:
     """(model, state) of a run's folder (its best), a checkpoint, or a published model, whose
-    tokenizer may be None unless it has to be `ready`. Nothing in a file is run. Raises ValueError
-    or OSError."""
+    tokenizer may be None unless it has to be `ready`. Raises ValueError. Nothing in it is run."""
     runs = [Path(name) / file for file in ("best.pt", "ckpt.pt")]
     path = next((run for run in runs if run.exists()), Path(name))
-    if not path.exists() and (path.suffix == ".pt" or path.parts[0] == "out"):
-        raise ValueError(f"there is no {path}: train first, or name a model by --init_from")
-    folder = None if path.is_file() else pretrained_folder(name)  # of the hub, or the user's
     try:
-        if folder:
-            model, state = load_published(module, folder)
-        else:
+        if path.is_file():
             state = torch.load(path, map_location="cpu", weights_only=True)
             state["task"] = build(getattr(module, state["kind"]), state["task"])
             state["tokenizer"] = Tokenizer.load(path.with_name("tokenizer.json"))
             model = module.Model(module.Config(**state["config"]))
             model.load_state_dict(state["model"])
+        else:
+            model, state = load_published(module, pretrained_folder(name))
+        if state["tokenizer"] or ready:
+            never_write(module, model, state["tokenizer"])
     except Exception as error:  # a foreign file can fail in any way
-        raise ValueError(f"{path} is nothing whole that {module.NAME}.py can open: {error}")
-    tokenizer, special, size = state["tokenizer"], module.SPECIAL_TOKENS, model.config.vocab_size
-    if tokenizer and tokenizer.special.keys() >= set(special) and tokenizer.vocab_size <= size:
-        never_write(module, model, tokenizer)
-    elif tokenizer or ready:
-        raise ValueError(f"{name} has no tokenizer of at most {size} tokens, {special} among them")
+        raise ValueError(f"{module.NAME}.py cannot open {path}: {str(error)[:300]}") from None
     return model, state
 
 
@@ -1095,27 +1043,30 @@ def load_published(module, folder: Path) -> tuple:
     targets = published_weights(module, model)
     weights = {name: x for name, x in weights.items()
                if name in targets or not re.fullmatch(module.NO_WEIGHTS, name)}
-    headless = not any(re.match(module.HEAD, name) for name in weights)  # as BertModel is saved
-    load_weights(weights, targets, module.HEAD if headless else "$^")
+    headed = any(re.match(module.HEAD, name) for name in weights)
+    missing = "$^" if headed else module.HEAD  # what may be: BertModel has no head
+    load_weights(weights, targets, missing)
     task = {"kind": "Pretraining"} | found.get("task", {})
     if labels := getattr(model.config, "n_labels", 0):  # a BERT, fine-tuned here or elsewhere
         names = found.get("id2label", {})
         names = [names.get(str(i), f"LABEL_{i}") for i in range(labels)]
         task = dict(pairs=None) | task | dict(kind="Finetuning", labels=names)
-    headless = headless and task["kind"] == "Pretraining" and module.HEAD != "$^"
     readable = any((folder / files[0]).exists() for files in VOCABULARIES)
     tokenizer = Tokenizer.from_pretrained(folder) if readable else None
     return model, dict(step=0, run={}, task=build(getattr(module, task["kind"]), task),
-                       headless=headless, tokenizer=tokenizer)
+                       headless=missing != "$^" and task["kind"] == "Pretraining",
+                       tokenizer=tokenizer)
 
 
 def never_write(module, model, tokenizer) -> None:
     """Tell the model which ids it must not write: those that spell nothing (tables of embeddings
     often have more rows than there are tokens), and special tokens that no text has."""
+    size, special = model.config.vocab_size, module.SPECIAL_TOKENS
+    if not tokenizer or tokenizer.vocab_size > size or {*special} - tokenizer.special.keys():
+        raise ValueError(f"it has no tokenizer of at most {size} tokens, {special} among them")
     known = {*tokenizer.spelling, *tokenizer.special.values()}
     known -= {tokenizer.special.get(token) for token in module.NEVER}  # [MASK] and the like
-    never = sorted(set(range(model.config.vocab_size)) - known)
-    model.never = torch.tensor(never, dtype=torch.long, device=model.never.device)
+    model.never = torch.tensor([i for i in range(size) if i not in known], dtype=torch.long)
 
 
 def load(module, settings: dict) -> tuple:
@@ -1135,14 +1086,13 @@ def train_command(module, settings: dict, given: dict) -> int:
     folder, origin, state = Path(settings["out_dir"]), settings["init_from"], None
     kind, resuming = settings["kind"], origin == "resume"  # kind: of task
     tuning = kind is module.Finetuning
-    if origin != "scratch":
+    if tuning or origin != "scratch":
         model, state = open_model(module, folder / "ckpt.pt" if resuming else origin, ready=True)
         settings = take_over(module, kind, model, state, settings, given)
-    elif tuning:
-        raise ValueError("--init_from names the model; --scratch true forgets only its weights")
     if "max_steps" in given and "epochs" not in given:
         settings["epochs"] = 0.0
     task, run, config = (build(cls, settings) for cls in (kind, Run, module.Config))
+    module.check(run, freeze=(0, config.n_layer))
     device, *_ = machine(run)
     source = open_source(module, task, run, config, state and state["tokenizer"])
     tokenizer = state["tokenizer"] if state else source.tokenizer
@@ -1169,17 +1119,14 @@ def train_command(module, settings: dict, given: dict) -> int:
         write_settings(folder, config, task, run, new=not resuming)
     compile_loss(task, run, device)
     finished = module.train(run, task, learner.to(device), state if resuming else None)
-    two = ' --prompt "A" --prompt_b "B"' if getattr(task, "pairs", False) else ""
-    again = ("generate" + two, "eval") if finished else (
-        "finetune " * tuning + "--init_from resume",)
+    again = ["generate", "eval"] if finished else ["finetune " * tuning + "--init_from resume"]
     say("", f"{folder} has the checkpoints, log.jsonl and loss.svg. Go on with:", *(
         f"  python {module.NAME}.py {it} --out_dir {shlex.quote(str(folder))}" for it in again))
     return 0 if finished else 130
 
 
 def take_over(module, kind, model, state: dict, settings: dict, given: dict) -> dict:
-    """The settings of a run that begins with a model (its sizes) or goes on (all). ValueError where
-    those given do not fit."""
+    """The settings of a run that begins with a model (its sizes), or goes on (all)."""
     fixed, run = asdict(model.config), {}  # what cannot change; what was set before
     if kind is module.Finetuning:
         run |= module.FINETUNING["published"] if model.config.n_embd >= 512 else {}
@@ -1196,17 +1143,15 @@ def take_over(module, kind, model, state: dict, settings: dict, given: dict) -> 
     return settings | fixed | run | given | own
 
 
-def open_source(module, task, run, config, tokenizer):
-    """What a task learns from: a Corpus, or rows of examples, to learn from and held out."""
+def open_source(module, task, run, config, tokenizer, new: bool = False):
+    """What a task learns from: a Corpus, or rows of examples, see `task_rows`."""
     if type(task) is module.Finetuning:
-        return task_rows(task, run.data)
+        return task_rows(task, run.data, new)
     return prepare(run.data, config.vocab_size, module.SPECIAL_TOKENS, module.SEPARATOR, tokenizer)
 
 
 def freeze(model, n: int) -> None:
     """With --freeze n the embeddings and the lowest n blocks (of each stack) stay as they are."""
-    if n > model.config.n_layer:
-        raise ValueError(f"--freeze {n}: the model has {model.config.n_layer} layers")
     for name, p in model.named_parameters():
         block = re.search(r"blocks\.(\d+)\.", name)
         if n and ("embedding" in name or block and int(block[1]) < n):
@@ -1240,7 +1185,7 @@ def generate_command(module, settings: dict, given: dict) -> int:
     asked = [options.prompt]
     if type(task) is module.Finetuning and not options.prompt:
         say("Type something and press Enter; Ctrl-D ends.")
-        asked = filter(None, map(str.strip, sys.stdin))
+        asked = filter(None, map(str.strip, sys.stdin or []))
     for prompt in asked:
         with autocast if dtype == torch.float16 else contextlib.nullcontext():
             for part in task.answer(model, replace(options, prompt=prompt)):
@@ -1255,10 +1200,8 @@ def eval_command(module, settings: dict, given: dict) -> int:
     tuned = type(task) is module.Finetuning
     learned = state["run"].get("data", "" if tuned else "input.txt")
     run.data = run.data or learned
-    if tuned and Path(run.data).is_file() and Path(run.data).resolve() != Path(learned).resolve():
-        source = [read_table(Path(run.data), task)] * 2  # all of it is new to the model
-    else:
-        source = open_source(module, task, run, model.config, state["tokenizer"])
+    new = Path(run.data).resolve() != Path(learned).resolve()
+    source = open_source(module, task, run, model.config, state["tokenizer"], new)
     task.open(run, model.config, state["tokenizer"], source)
     say(f"{run.data or 'the stories of input.txt'}, {task.description}")
     found = module.evaluate(model, task, run.batch_size, machine(run)[2])
@@ -1270,47 +1213,42 @@ def eval_command(module, settings: dict, given: dict) -> int:
 
 def export_command(module, settings: dict, given: dict) -> int:
     """Write a folder that transformers opens: settings, weights, tokenizer."""
-    if not (to := settings["to"]):
-        raise ValueError("say which folder to write, with --to")
-    model, task, state, _ = load(module, settings)
-    model.save_pretrained(to, task)
+    model, task, state, run = load(module, settings)
+    model.save_pretrained(run.to, task)
     roles = dict(module.ROLES, model_max_length=getattr(model.config, "block_size", 512))
-    save_tokenizer(state["tokenizer"], to, module.TEMPLATE, **roles)
-    say(f"{to} holds config.json, model.safetensors and tokenizer.json")
+    save_tokenizer(state["tokenizer"], run.to, module.TEMPLATE, **roles)
+    say(f"{run.to} holds config.json, model.safetensors and tokenizer.json")
     return 0
 
 
 def bench_command(module, settings: dict, given: dict) -> int:
-    """Measure training and generation with random weights and tokens; print a line of JSON."""
+    """Measure training and generation, from random weights; print a line of JSON."""
 
-    def median(call, enough: float) -> float:  # of `enough` seconds of calls; the first 2 warm up
-        times = []
+    def timed(call, enough: float) -> tuple[float, float]:
+        times = []  # `enough` seconds of calls: the first, and the median; the first 2 warm up
         while len(times) < 5 or sum(times) < enough and len(times) < 100:
             begun = time.perf_counter()
             call()
             times.append(time.perf_counter() - begun)
-        return float(np.median(times[2:]))
+        return times[0], float(np.median(times[2:]))
 
     run, config, task = (build(cls, settings) for cls in (Run, module.Config, module.Pretraining))
     device, dtype, autocast, scaler = machine(run)
-    special = module.SPECIAL_TOKENS
-    tokens = np.random.default_rng(0).integers(len(special), config.vocab_size, 1 << 20)
-    tokens[[0, -1]] = 0  # the separators around it
-    tokenizer = Tokenizer.from_counts({}, 256 + len(special), special)
-    task.open(run, config, tokenizer, Corpus(tokenizer, tokens, tokens, separator=0))
+    corpus = open_source(module, task, run, config, None)
+    task.open(run, config, corpus.tokenizer, corpus)
     model = module.Model(config).to(device)
     optimizer, loss, batch = module.Muon(model, run, dtype), task.loss, task.batch(0)
     compile_loss(task, run, device)
     how = optimizer, scaler, autocast, run
-    seconds = median(lambda: module.update(model, task, task.batch(0), *how).item(), 8)
+    first, seconds = timed(lambda: module.update(model, task, task.batch(0), *how).item(), 8)
     matrix = torch.randn([1024 if device.type == "cpu" else 8192] * 2, device=device).to(dtype)
-    peak = 2 * len(matrix) ** 3 / median(lambda: (matrix @ matrix)[0, 0].item(), 0.5) / 1e9
+    peak = 2 * len(matrix) ** 3 / timed(lambda: (matrix @ matrix)[0, 0].item(), 0.5)[1] / 1e9
     with FlopCounterMode(display=False) as counter:  # (counts no fused attention on a CPU)
         loss(model, {name: x.to(device) for name, x in batch.items()})[0].sum().backward()
     gflops = counter.get_total_flops() / seconds / 1e9  # the optimizer's are left out
-    read = sum(batch[name].numel() for name in ("idx", "src", "tgt") if name in batch)
-    row = dict(ms_per_step=seconds * 1e3, tokens_per_second=read / seconds, gflops=gflops,
-               matmul_gflops=peak, share=gflops / peak)
+    read = sum(batch[name].numel() for name in batch.keys() & {"idx", "src", "tgt"})
+    row = dict(first_step_ms=first * 1e3, ms_per_step=seconds * 1e3, gflops=gflops,
+               tokens_per_second=read / seconds, matmul_gflops=peak, share=gflops / peak)
     with contextlib.suppress(ImportError):  # Windows has no `resource`
         from resource import RUSAGE_SELF, getrusage
         unit = 1 if sys.platform == "darwin" else 1024
@@ -1323,6 +1261,7 @@ def bench_command(module, settings: dict, given: dict) -> int:
             model.to(torch.float32 if device.type == "cpu" and n == 1 else dtype)
             size = (n, 116 if module.NAME == "t5" else 8)
             idx = torch.randint(2, config.vocab_size, size, device=device)
-            row[key] = n * 120 / median(lambda: model.generate(idx, 120, top_k=50).sum().item(), 0)
+            _, seconds = timed(lambda: model.generate(idx, 120, top_k=50).sum().item(), 0)
+            row[key] = n * 120 / seconds
     print(json.dumps(row))
     return 0
