@@ -176,6 +176,8 @@ def archive_texts(path: Path, members: str):
     """Yield (name, text) of the members of a .tar.gz; nothing is unpacked to the disk."""
     with tarfile.open(path, "r|gz") as archive:
         for member in archive:
+            if member.size > 1 << 27:  # a small archive can hold gigabytes of zeros
+                raise ValueError(f"{member.name} has {member.size:,} bytes")
             if member.isfile() and re.fullmatch(members, member.name):
                 text = archive.extractfile(member).read().decode("utf-8-sig")
                 yield member.name, text.replace("<br /><br />", "\n\n")
@@ -279,12 +281,6 @@ class Corpus:
         tokens = getattr(self, part)  # (n,)
         return np.concatenate([i + np.flatnonzero(tokens[i : i + PIECE] == self.separator)
                                for i in range(0, len(tokens), PIECE)])
-
-    @functools.cached_property
-    def token_bytes(self) -> np.ndarray:
-        """How many bytes each token spells, (vocab_size,) int64; special tokens spell none."""
-        spelling = self.tokenizer.spelling
-        return np.array([len(spelling.get(i, "")) for i in range(self.tokenizer.vocab_size)])
 
 
 def prepare(source: str, vocab_size: int, special_tokens, separator: str, tokenizer=None) -> Corpus:
@@ -413,6 +409,8 @@ def read_table(path: Path, task) -> list[dict]:
             csv.field_size_limit(1 << 24)  # characters in a cell
             table = csv.reader(file, strict=True, skipinitialspace=True) if is_csv else file
             header = [name.strip() for name in next(table)] if is_csv else []
+            if twice := [name for name in header if name and header.count(name) > 1]:
+                raise ValueError(f"there are two columns {twice[0]}")
             for number, row in enumerate(table, 1 + is_csv):
                 if not "".join(row).strip():  # a blank row
                     continue
@@ -560,7 +558,7 @@ def stored_weights(folder: Path) -> dict[str, torch.Tensor]:
     (the header's length), a header in JSON with each tensor's dtype, shape and where its bytes are,
     then those bytes, which stay on the disk until used. Raises ValueError with the file's name."""
     tensors = {}
-    for path in [*folder.glob("*.safetensors")] or folder.glob("pytorch_model*.bin"):
+    for path in [*folder.glob("model*.safetensors")] or folder.glob("pytorch_model*.bin"):
         try:
             if path.suffix == ".bin":
                 tensors |= torch.load(path, map_location="cpu", weights_only=True)
@@ -712,10 +710,10 @@ class Log:
         figures = "  ".join(f"{name} {value:.4f}" for name, value in found.items())
         say(f"step {step}  {figures:<60}", *(f"    {line}" for line in sample.splitlines() if line))
         curves = {name: [(row["step"], row[key]) for row in self.rows if key in row]
-                  for name, key in (("training", "loss"), ("validation", "val_loss"))}
+                  for name, key in (("training (means)", "loss"), ("validation", "val_loss"))}
         if ranks()[0] == 0:
             with replacing(self.path.with_name("loss.svg"), "w") as file:
-                file.write(line_chart(curves, f"{self.run.out_dir}: loss, {step} steps"))
+                file.write(line_chart(curves, f"{self.run.out_dir}: loss (nats per answer)"))
         if 0 < self.run.patience <= worse:
             say(f"no lower val_loss in {worse} evaluations: stopped; best.pt has the lowest")
         self.since = time.monotonic()
@@ -727,17 +725,20 @@ def line_chart(curves: dict[str, list[tuple[float, float]]], title: str) -> str:
     low, high, last = min(ys), max(max(ys), min(ys) + 1e-6), max(xs)
     svg = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 930 420" font-size="12" '
            'font-family="sans-serif"><rect width="930" height="420" fill="#fff"/>'
-           f'<text x="60" y="24" font-size="15">{html.escape(title)}</text>']
+           f'<text x="60" y="24" font-size="15">{html.escape(title)}</text>'
+           '<text x="720" y="390">step</text>']
     for i in range(6):  # lines across, and numbers at both axes
-        x, y, loss = 51 + 128 * i, 372 - 65.6 * i, low + (high - low) * i / 5
+        x, y, loss = 60 + 128 * i, 372 - 65.6 * i, low + (high - low) * i / 5
         svg.append(f'<path d="M60 {y:.1f}h640" stroke="#e6e6e6"/><text x="15" y="{y + 4:.1f}">'
-                   f'{loss:.2f}</text><text x="{x}" y="390">{last * i / 5:.0f}</text>')
+                   f'{loss:.2f}</text><text x="{x}" y="390" text-anchor="middle">'
+                   f'{last * i / 5:.0f}</text>')
     for i, (name, points) in enumerate(curves.items()):
         y, colour = 56 + 18 * i, f"hsl({210 + 150 * i}, 60%, {60 - 3 * i}%)"
         line = " ".join(f"{step},{-loss}" for step, loss in points)  # the view box scales them
         svg.append(f'<svg x="60" y="44" width="640" height="328" preserveAspectRatio="none" '
-                   f'viewBox="0 {-high} {last} {high - low}"><polyline points="{line}" fill="none" '
-                   f'stroke="{colour}" stroke-width="2" vector-effect="non-scaling-stroke"/></svg>'
+                   f'overflow="visible" viewBox="0 {-high} {last} {high - low}">'
+                   f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2" '
+                   'vector-effect="non-scaling-stroke"/></svg>'
                    f'<text x="715" y="{y}" fill="{colour}">{html.escape(name)}: '
                    f'{points[-1][1]:.3f}</text>')
     return "\n".join([*svg, "</svg>\n"])
@@ -809,7 +810,7 @@ def machine(run):
             ctypes.CDLL("libc.so.6").mallopt(option, value)
     dtype = getattr(torch, fastest if run.dtype == "auto" else run.dtype)
     return (device, dtype, torch.autocast(name, dtype, enabled=dtype != torch.float32),
-            torch.amp.GradScaler(name, enabled=dtype == torch.float16))
+            torch.amp.GradScaler(name, 2.0**13, enabled=dtype == torch.float16))
 
 
 def compile_loss(task, run, device) -> None:
@@ -947,6 +948,7 @@ def parse_command(module, arguments: list[str]):
 # 8. The commands. `module` is gpt, bert or t5: the file that was started --------------------------
 
 WHICH = "out_dir init_from device dtype seed".split()  # the fields of Run that all commands have
+TRAIN = [option.name for option in fields(Run) if option.name != "to"]
 LEAST = {option.name: 0 for option in fields(Run) if option.type in (int, float)}
 LEAST |= dict(max_steps=1, batch_size=1, grad_accum=1, log_interval=1, seed=(0, 2**31))
 
@@ -954,8 +956,8 @@ LEAST |= dict(max_steps=1, batch_size=1, grad_accum=1, log_interval=1, seed=(0, 
 def commands_of(module) -> dict[str, tuple]:
     """name -> (function, [(dataclass, its fields that are flags, or None: all)], defaults)."""
     first, own = next(iter(module.PRESETS.values())), f"out/{module.NAME}"
-    sizes = [(module.Config, None), (module.Pretraining, None), (Run, None)]
-    learns = [(module.Finetuning, None), (Run, None), (module.Config, ["dropout"])]
+    sizes = [(module.Config, None), (module.Pretraining, None), (Run, TRAIN)]
+    learns = [(module.Finetuning, None), (Run, TRAIN), (module.Config, ["dropout"])]
     which = dict(out_dir=own, init_from="", data="")
     tuned = dict(kind=module.Finetuning, out_dir=f"{own}-finetuned", init_from=own, data="",
                  log_interval=20, eval_interval=0, patience=3, dropout=None,
@@ -1222,7 +1224,7 @@ def export_command(module, settings: dict, given: dict) -> int:
 
 
 def bench_command(module, settings: dict, given: dict) -> int:
-    """Measure training and generation, from random weights; print a line of JSON."""
+    """Measure training and generation with random weights and tokens; print a line of JSON."""
 
     def timed(call, enough: float) -> tuple[float, float]:
         times = []  # `enough` seconds of calls: the first, and the median; the first 2 warm up
@@ -1234,8 +1236,11 @@ def bench_command(module, settings: dict, given: dict) -> int:
 
     run, config, task = (build(cls, settings) for cls in (Run, module.Config, module.Pretraining))
     device, dtype, autocast, scaler = machine(run)
-    corpus = open_source(module, task, run, config, None)
-    task.open(run, config, corpus.tokenizer, corpus)
+    special = module.SPECIAL_TOKENS
+    tokens = np.random.default_rng(0).integers(len(special), config.vocab_size, 1 << 20)
+    tokens[[0, -1]] = 0  # the separators around it
+    tokenizer = Tokenizer.from_counts({}, 256 + len(special), special)
+    task.open(run, config, tokenizer, Corpus(tokenizer, tokens, tokens, separator=0))
     model = module.Model(config).to(device)
     optimizer, loss, batch = module.Muon(model, run, dtype), task.loss, task.batch(0)
     compile_loss(task, run, device)

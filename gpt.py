@@ -475,6 +475,8 @@ class Pretraining:
         if len(corpus.train) <= self.T or len(corpus.validation) < 2:
             raise ValueError(f"{corpus}: too short for windows of {self.T}; give more text, or a "
                              "smaller --block_size")
+        self.spelled = np.array([len(tokenizer.spelling.get(i, "")) for i in  # bytes of each token;
+                                 range(tokenizer.vocab_size)])  # special ones spell none
         # An epoch's windows are one less than fit, so that there is room for a random offset.
         self.rows = max((len(corpus.train) - 1 - self.T) // (self.stride or self.T), 1)
         return config
@@ -500,7 +502,7 @@ class Pretraining:
         for begin in spread(math.ceil((len(tokens) - 1) / T), rows, most and most // T):  # (rows,)
             windows = [sliding_windows(tokens[i * T : (i + 1) * T + 1], T, T, 0) for i in begin]
             idx, targets = (np.concatenate(parts) for parts in zip(*windows))
-            spelled = np.where(targets >= 0, self.corpus.token_bytes[targets], 0)
+            spelled = np.where(targets >= 0, self.spelled[targets], 0)
             arrays = dict(idx=idx, targets=targets, bytes=spelled)
             yield {name: torch.from_numpy(array) for name, array in arrays.items()}
 
@@ -803,16 +805,16 @@ class Muon(torch.optim.AdamW):
 
     def __init__(self, model: nn.Module, run, dtype=torch.float32):
         """dtype: of the products in `orthogonalize`."""
-        self.dtype, groups = dtype, {}  # (Muon's matrix shape, rate, decay) -> a group
+        self.dtype, groups = dtype, {}  # (Muon's matrix shape, factor, decays?) -> a group
         for name, p in model.named_parameters():
             inner = p.ndim == 2 and not ("embedding" in name or "head" in name)
             muon = inner and run.optimizer == "muon"
             shape = (len(p) // getattr(p, "maps", 1), p.size(1)) if muon else None
-            lr = (run.matrix_lr if muon else run.lr) * getattr(p, "lr_factor", 1.0)
-            decay = run.weight_decay if p.ndim >= 2 else 0.0  # biases and norms do not
+            factor, decays = getattr(p, "lr_factor", 1.0), p.ndim >= 2  # biases and norms do not
+            lr, decay = (run.matrix_lr if muon else run.lr) * factor, run.weight_decay * decays
             if p.requires_grad:
                 group = dict(params=[], shape=shape, lr=lr, highest_lr=lr, weight_decay=decay)
-                groups.setdefault((shape, lr, decay), group)["params"].append(p)
+                groups.setdefault((shape, factor, decays), group)["params"].append(p)
         super().__init__(list(groups.values()), betas=(0.9, 0.95), fused=True)
         self._step_supports_amp_scaling = False  # GradScaler is to skip `step` as a whole
 
