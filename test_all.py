@@ -83,7 +83,7 @@ def short_samples(monkeypatch):
     for script in SCRIPTS.values():
         for task in script.Pretraining, script.Finetuning:
             monkeypatch.setattr(task, "demonstrate", lambda self, model, length, show=(
-                task.demonstrate): show(self, model, min(length, 30)))
+                task.demonstrate): show(self, model, min(length, 9)))
 
 
 @pytest.fixture(params=SCRIPTS.values(), ids=SCRIPTS)
@@ -165,23 +165,22 @@ def log_of(folder) -> list[dict]:
     return [json.loads(line) for line in Path(folder, "log.jsonl").read_text().splitlines()]
 
 
-def weights_of(path) -> dict[str, torch.Tensor]:
-    return torch.load(path, weights_only=True)["model"]
+def state_of(path) -> dict:
+    """What is in a checkpoint: "model", "optimizer", "step" ..."""
+    return torch.load(path, weights_only=True)
 
 
 def assert_same_run(left, right):
     """Two runs ended alike: weights and optimizer to the last bit, the log but for its times."""
-    found = []
+    tensors, logs = [], []
     for folder in left, right:
-        state = torch.load(f"{folder}/ckpt.pt", weights_only=True)
-        tensors = state["model"] | {(i, name): value for i, each in state["optimizer"][
-            "state"].items() for name, value in each.items()}
-        log = [{key: value for key, value in row.items() if key not in (
-            "seconds", "tokens_per_second")} for row in log_of(folder)]
-        found.append((tensors, weights_of(f"{folder}/best.pt"), log))
-    for a, b in list(zip(*found))[:2]:
-        assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-    assert found[0][2] == found[1][2]
+        state = state_of(f"{folder}/ckpt.pt")
+        best = state_of(f"{folder}/best.pt")["model"]
+        tensors.append([state["model"], state["optimizer"]["state"], best])
+        logs.append([{key: value for key, value in row.items() if key not in (
+            "seconds", "tokens_per_second")} for row in log_of(folder)])
+    torch.testing.assert_close(*tensors, rtol=0, atol=0)
+    assert logs[0] == logs[1]
 
 
 CHILDREN = multiprocessing.get_context("forkserver")  # imports once what takes seconds, then forks
@@ -653,21 +652,6 @@ def test_the_movie_reviews_by_name(server, monkeypatch):
     assert config.n_labels == 2 and task.rows == 2  # those that have a label
 
 
-@pytest.mark.parametrize("n, block_size, stride", [
-    (1, 4, 4), (2, 4, 4), (5, 4, 4), (6, 4, 4), (23, 4, 3), (40, 8, 1)])
-def test_sliding_windows_lose_nothing(n, block_size, stride):
-    tokens = np.arange(100, 100 + n)
-    inputs, targets = data.sliding_windows(tokens, block_size, stride, pad_id=7)
-    assert inputs.shape == targets.shape == (len(inputs), block_size)
-    seen = set()
-    for row, column in itertools.product(range(len(inputs)), range(block_size)):
-        i = row * stride + column
-        assert inputs[row, column] == (tokens[i] if i < n else 7)
-        assert targets[row, column] == (tokens[i + 1] if i + 1 < n else -100)
-        seen.add(targets[row, column])
-    assert seen - {-100} == set(tokens[1:])
-
-
 def test_a_file_is_replaced_whole_or_not_at_all():
     Path("a").write_text("old")
     with pytest.raises(KeyError), data.replacing(Path("a"), "w") as file:
@@ -861,11 +845,11 @@ def test_greedy_is_the_same_with_and_without_the_cache(variant):
     model = gpt.GPT(gpt.GPTConfig(**TINY, **variant)).eval()
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3)  # so that the likeliest token is not always the same
-    for T in 1, 5, 16, 23:
+    for T in 1, 16, 23:
         idx = torch.randint(50, (3, T))
-        fast = model.generate(idx, 40, temperature=0)
-        assert torch.equal(fast, model.generate(idx, 40, temperature=0, use_cache=False))
-        assert fast.shape == (3, T + 40) and torch.equal(fast[:, :T], idx)
+        fast = model.generate(idx, 22, temperature=0)
+        assert torch.equal(fast, model.generate(idx, 22, temperature=0, use_cache=False))
+        assert fast.shape == (3, T + 22) and torch.equal(fast[:, :T], idx)
         for t in range(T, 17):  # while nothing slides, it is the argmax of the whole sequence
             assert torch.equal(fast[:, t], model(fast[:, :t])[0][:, -1].argmax(-1))
 
@@ -918,26 +902,21 @@ def test_t5_writes_what_is_likeliest_at_each_step():
         assert not any(row[t + 1 :])
 
 
-def mean_chances(model, src, targets: list[list[int]]) -> list[float]:
-    """The mean log-probability of each target's tokens, for one source."""
-    tgt = torch.nn.utils.rnn.pad_sequence(
-        [torch.tensor(target) for target in targets], batch_first=True, padding_value=-100)
-    with torch.no_grad():
-        chance = model(src.expand(len(tgt), -1), tgt)[0].log_softmax(dim=-1)
-    chosen = chance.gather(2, tgt.clamp(min=0)[:, :, None])[:, :, 0] * (tgt >= 0)
-    return (chosen.sum(dim=1) / (tgt >= 0).sum(dim=1)).tolist()
-
-
 def test_enough_beams_find_the_best_of_all_targets():
+    """The one whose tokens have the highest log-probability in the mean."""
     every = [[*middle, 1] for n in range(4) for middle in itertools.product([0, 2, 3, 4], repeat=n)]
     every += [list(full) for full in itertools.product([0, 2, 3, 4], repeat=4)]
+    tgt = torch.nn.utils.rnn.pad_sequence(
+        list(map(torch.tensor, every)), batch_first=True, padding_value=-100)
     better = 0
-    for _ in range(12):
+    for _ in range(8):
         model, src = random_t5(vocab_size=5, tie=False), torch.randint(2, 5, (3, 9))
         greedy, many = model.generate(src, 4), model.generate(src, 4, beams=300)
         for row in range(3):
-            chances = mean_chances(model, src[row : row + 1], every)
-            best, found = every[int(np.argmax(chances))], many[row].tolist()
+            logits = model(src[row].expand(len(every), -1), tgt)[0]
+            losses = F.cross_entropy(logits.mT, tgt, reduction="none").sum(dim=1)  # (-100: 0)
+            best = every[int((losses / (tgt != -100).sum(dim=1)).argmin())]
+            found = many[row].tolist()
             assert found[: len(best)] == best and not any(found[len(best) :])
             better += greedy[row].tolist()[: len(best)] != best
     assert better > 3
@@ -1211,7 +1190,7 @@ def test_a_run_its_files_and_its_log(script, stories, capsys):
     assert all(a["seconds"] <= b["seconds"] for a, b in zip(rows, rows[1:]))
     assert rows[-1].get("mlm_loss", rows[-1]["val_loss"]) < math.log(400)
     for name in ("ckpt.pt", "best.pt", *snapshots):
-        state = torch.load(Path("my run", name), weights_only=True)
+        state = state_of(Path("my run", name))
         assert state["step"] == int(re.sub(r"\D", "", name) or state["step"])
         assert all(value.dtype == torch.float32 for value in state["model"].values())
     drawing = ElementTree.parse("my run/loss.svg").getroot()
@@ -1219,23 +1198,24 @@ def test_a_run_its_files_and_its_log(script, stories, capsys):
     assert f"{rows[-1]['val_loss']:.3f}" in " ".join(drawing.itertext())
 
     for command in re.findall(rf"python {script.NAME}\.py (.*)", shown.err):  # can be copied
-        run(script, *shlex.split(command))
+        words = shlex.split(command)
+        more = ["--max_new_tokens", 9] if words[0] == "generate" and script is not bert else []
+        run(script, *words, *more)
     Path("my run").rename("run")
     run(script, "--config", "run/run.json", "--out_dir", "again")  # the same run
     assert_same_run("run", "again")
     before = {name: Path("again", name).read_bytes() for name in files - snapshots}
     run(script, "--init_from", "run/best.pt", "--data", stories, "--out_dir", "again", *SMALL,
         "--max_steps", 2)  # other weights, and the earlier run is set aside
-    assert torch.load("again/ckpt.pt", weights_only=True)["step"] == 2
+    assert state_of("again/ckpt.pt")["step"] == 2
     assert before == {name: Path("again/before", name).read_bytes() for name in before}
     assert before["ckpt.pt"] != Path("again/ckpt.pt").read_bytes()
 
 
 def test_eval_is_what_a_slow_loop_counts(script, trained, stories, capsys):
-    """One row at a time; twice the same; and what the run's log says of its best."""
+    """One row at a time; and what the run's log says of its best."""
     arguments = ["eval", "--out_dir", trained(script), "--dtype", "float32"]
     found = figures(script, capsys, *arguments)
-    assert figures(script, capsys, *arguments) == found
     best = min((row for row in log_of(trained(script)) if "val_loss" in row),
                key=lambda row: row["val_loss"])
     assert best.keys() - {"seconds"} <= found.keys() and found["step"] == best["step"]
@@ -1281,8 +1261,8 @@ def test_eval_is_what_a_slow_loop_counts(script, trained, stories, capsys):
 def test_after_ctrl_c_a_run_goes_on_as_if_nothing_had_been(script, kind, stories, trained, capsys,
                                                             monkeypatch):
     flags = ["--data", stories, *SMALL] if kind == "train" else [
-        *finetuning(script, trained(script)), "--batch_size", 4, "--eval_interval", 4]
-    flags += ["--log_interval", 3, "--max_steps", 10]
+        *finetuning(script, trained(script)), "--batch_size", 4]
+    flags += ["--eval_interval", 5, "--log_interval", 3, "--max_steps", 10]
     run(script, *flags, "--out_dir", "whole")
     task = script.Pretraining if kind == "train" else script.Finetuning
 
@@ -1294,7 +1274,7 @@ def test_after_ctrl_c_a_run_goes_on_as_if_nothing_had_been(script, kind, stories
     with monkeypatch.context() as patch:
         patch.setattr(task, "batch", batch)
         run(script, *flags, "--out_dir", "stopped", status=130)
-    assert torch.load("stopped/ckpt.pt", weights_only=True)["step"] in (6, 7)
+    assert state_of("stopped/ckpt.pt")["step"] in (6, 7)
     proposed = re.search(rf"python {script.NAME}\.py (.*resume.*)", capsys.readouterr().err)[1]
     run(script, *shlex.split(proposed))
     assert_same_run("whole", "stopped")
@@ -1306,7 +1286,7 @@ KILLS = int(os.environ.get("KILLS", 1))
 def test_killed_anywhere_it_goes_on_to_the_same_end(script, stories, monkeypatch):
     """SIGKILL at a random moment, while tokenizing, training, evaluating, saving: the same command,
     or `--init_from resume` once there is a checkpoint, ends as if nothing had happened."""
-    flags = ["--data", stories, *SMALL, "--max_steps", 30, "--eval_interval", 10, "--log_interval",
+    flags = ["--data", stories, *SMALL, "--max_steps", 20, "--eval_interval", 7, "--log_interval",
              1, "--out_dir"]
     monkeypatch.setenv("XDG_CACHE_HOME", "cache")
     began = time.monotonic()
@@ -1375,9 +1355,9 @@ def test_ctrl_c_that_reaches_one_rank_stops_both(stories):
     for rank in ranks:
         rank.join(30)
     assert [rank.exitcode for rank in ranks] == [130, 130], Path("child0.err").read_text()
-    step = torch.load("run/ckpt.pt", weights_only=True)["step"]
+    step = state_of("run/ckpt.pt")["step"]
     run(gpt, "--init_from", "resume", "--out_dir", "run", "--max_steps", step + 2)
-    assert torch.load("run/ckpt.pt", weights_only=True)["step"] == step + 2
+    assert state_of("run/ckpt.pt")["step"] == step + 2
 
 
 def test_float16_on_a_cpu(script, stories):
@@ -1386,8 +1366,8 @@ def test_float16_on_a_cpu(script, stories):
         run(script, "--data", stories, "--out_dir", dtype, "--max_steps", 8, *SMALL, "--dropout", 0,
             "--dtype", dtype, "--lr", 0.003, *(["--nsp", "false"] if script is bert else []))
     run(script, "generate", "--out_dir", "float16", "--dtype", "float16", "--prompt",
-        PROMPTS[script.NAME])
-    state = torch.load("float16/ckpt.pt", weights_only=True)
+        PROMPTS[script.NAME], *([] if script is bert else ["--max_new_tokens", 9]))
+    state = state_of("float16/ckpt.pt")
     assert math.log2(state["scaler"]["scale"]) in range(10, 17)
     assert all(value.dtype == torch.float32 for value in state["model"].values())
     for half, full in zip(log_of("float16"), log_of("float32")):
@@ -1465,44 +1445,24 @@ EXAMPLES = {  # for each script, a table whose answer shows in the source
 }
 
 
-def examples_for(script, n=40) -> str:
-    header, row = EXAMPLES[script.NAME]
-    return put("examples.csv", "\n".join(
-        [header, *(row.format(("cat", "dog")[i % 2]) for i in range(n))]))
-
-
 def finetuning(script, source, n=40) -> list:
-    """The command that fine-tunes a model with these examples. T5 writes at each evaluation: let
+    """The command that fine-tunes a model with n such examples. T5 writes at each evaluation: let
     it write little."""
-    return ["finetune", "--init_from", source, "--data", examples_for(script, n), "--device", "cpu",
-            *(["--target_length", 6] if script is t5 else [])]
-
-
-def scores(pairs: list[tuple[str, str]]) -> dict[str, float]:
-    """What T5's answers are compared by, for pairs (answer, truth), counted one by one."""
-    exact = f1 = rouge = 0
-    for answer, truth in pairs:
-        a, b = (re.findall(r"\w+", text.lower()) for text in (answer, truth))
-        c, d = ([word for word in words if word not in ("a", "an", "the")] for words in (a, b))
-        common = sum(min(c.count(word), d.count(word)) for word in set(c))
-        longest = max(n for n in range(len(a) + 1) for series in itertools.combinations(a, n)
-                      if any(series == other for other in itertools.combinations(b, n)))
-        exact += answer == truth
-        f1 += 2 * common / (len(c) + len(d))
-        rouge += 2 * longest / (len(a) + len(b))
-    return {name: total / len(pairs) for name, total in dict(
-        exact_match=exact, token_f1=f1, rouge_l=rouge).items()}
+    header, row = EXAMPLES[script.NAME]
+    rows = [row.format(("cat", "dog")[i % 2]) for i in range(n)]
+    return ["finetune", "--init_from", source, "--data", put("examples.csv", "\n".join(
+        [header, *rows])), "--device", "cpu", *(["--target_length", 6] if script is t5 else [])]
 
 
 def test_fine_tuning_learns_to_answer_and_eval_compares_the_answers(script, trained, capsys):
     run(script, *finetuning(script, trained(script), 60), "--out_dir", "a", "--batch_size", 16,
-        "--epochs", 30, "--lr", 0.01, "--matrix_lr", 0.05, "--eval_interval", 50, "--dropout", 0,
+        "--epochs", 15, "--lr", 0.01, "--matrix_lr", 0.05, "--eval_interval", 30, "--dropout", 0,
         *(["--mask_prob", 0] if script is bert else []))
     assert re.search(r"\b54\b.* 6\b", capsys.readouterr().err)  # examples; held out
     measures = dict(gpt=set(), bert={"accuracy", "macro_f1"},
                     t5={"exact_match", "token_f1", "rouge_l"})[script.NAME]
     rows = [row for row in log_of("a") if "val_loss" in row]
-    assert [row["step"] for row in rows][:2] == [50, 100] and measures <= rows[0].keys()
+    assert [row["step"] for row in rows] == [30, 60] and measures <= rows[0].keys()
     found = figures(script, capsys, "eval", "--out_dir", "a")
     assert {"step", "val_loss"} | measures <= found.keys()
     assert found["step"] == min(rows, key=lambda row: row["val_loss"])["step"]
@@ -1522,27 +1482,30 @@ def test_fine_tuning_learns_to_answer_and_eval_compares_the_answers(script, trai
     found = truths and figures(script, capsys, "eval", "--out_dir", "a", "--data", other)
     if script is bert:  # "cat" is right in 3 of 5, and dog never said
         assert (found["accuracy"], found["macro_f1"]) == pytest.approx((0.6, (2 * 3 / 8 + 0) / 2))
-    elif script is t5:
-        expected = scores([("cat", truth) for truth in truths])
-        assert {name: found[name] for name in expected} == pytest.approx(expected)
+    elif script is t5:  # one by one; F1 leaves out articles, ROUGE counts all words
+        assert found["exact_match"] == pytest.approx((1 + 0 + 0 + 0 + 0) / 5)
+        assert found["token_f1"] == pytest.approx((1 + 0 + 1 + 1 + 2 / 3) / 5)
+        assert found["rouge_l"] == pytest.approx((1 + 0 + 2 / 3 + 2 / 3 + 2 / 3) / 5)
 
 
 def test_what_is_frozen_stays_and_without_progress_it_stops(script, trained):
     common = [*finetuning(script, trained(script)), "--eval_interval", 2, "--out_dir"]
     run(script, *common, "a", "--freeze", 1, "--max_steps", 2)
-    before, after = weights_of(trained(script) / "best.pt"), weights_of("a/ckpt.pt")
+    before, after = (state_of(path)["model"] for path in (
+        trained(script) / "best.pt", "a/ckpt.pt"))
     frozen = re.compile(r"((en|de)coder\.)?(blocks\.0\.|\w+_embedding)")
     same = {name: torch.equal(before[name], after[name]) for name in before if name in after}
     assert all(same[name] for name in same if frozen.match(name))
     assert sum(bool(frozen.match(name)) for name in same) > 8
     assert not any(same[name] for name in same if "blocks.1." in name and "weight" in name)
     run(script, *common, "c", "--max_steps", 2)  # without --freeze
-    after = weights_of("c/ckpt.pt")
+    after = state_of("c/ckpt.pt")["model"]
     assert not any(torch.equal(before[name], after[name]) for name in same if frozen.match(name))
     run(script, *common, "b", "--lr", 0, "--matrix_lr", 0, "--patience", 2)
     assert [row["step"] for row in log_of("b") if "val_loss" in row] == [2, 4, 6]
     run(script, *common, "s", "--scratch", "true", "--lr", 0, "--matrix_lr", 0, "--max_steps", 1)
-    after, matrices = weights_of("s/ckpt.pt"), [name for name in same if before[name].ndim == 2]
+    after = state_of("s/ckpt.pt")["model"]
+    matrices = [name for name in same if before[name].ndim == 2]
     assert sum(torch.equal(before[name], after[name]) for name in matrices) < len(matrices) / 2
 
 
@@ -1850,7 +1813,7 @@ def test_an_exported_run_is_opened_by_us_and_by_transformers(script, trained, ex
                                                               capsys):
     assert set(os.listdir(exported(script))) == {
         "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
-    best = weights_of(trained(script) / "best.pt")
+    best = state_of(trained(script) / "best.pt")["model"]
     for name in exported(script), trained(script), trained(script) / "best.pt":
         model = script.Model.from_pretrained(name)
         assert not model.training
@@ -1981,7 +1944,7 @@ def test_help_shows_every_flag_with_a_sentence_and_its_default(script, capsys):
 
 
 def test_the_ladder(stories, capsys):
-    shown = printed(gpt, capsys, "ladder", "--data", stories, "--max_steps", 4, "--batch_size", 4,
+    shown = printed(gpt, capsys, "ladder", "--data", stories, "--max_steps", 2, "--batch_size", 4,
                     "--block_size", 32, "--out_dir", "l")
     rows = json.loads(Path("l/ladder.json").read_text())
     assert len(rows) == 12 and all(row.keys() == {
@@ -1993,15 +1956,21 @@ def test_the_ladder(stories, capsys):
 
 
 def test_bench_ends_with_a_line_of_figures(script, capsys, monkeypatch):
-    monkeypatch.setattr(time, "perf_counter", itertools.count(0, 2).__next__)  # so it runs 5 times
+    """By a clock of ours, on which each call takes 2 seconds."""
+    monkeypatch.setattr(time, "perf_counter", itertools.count(0, 2).__next__)
+    writes = {}
+    if script is not bert:  # a tenth of the 120 tokens is written: to the clock it is the same
+        write = script.Model.generate
+        monkeypatch.setattr(script.Model, "generate", lambda self, idx, n, **options: write(
+            self, idx, n // 10, **options))
+        writes = dict(generate_tokens_per_second=60, generate_batch_tokens_per_second=32 * 60)
     small = "--n_layer 1 --n_head 2 --n_embd 16 --block_size 16 --vocab_size 400 --batch_size 2"
     row = figures(script, capsys, "bench", "--device", "cpu", *small.split())
-    writes = {"generate_tokens_per_second", "generate_batch_tokens_per_second"}
-    names = "ms_per_step tokens_per_second gflops matmul_gflops share peak_memory_mb"
-    assert row.keys() == {*names.split(), *(writes if script is not bert else ())}
-    tokens = row["tokens_per_second"] * row["ms_per_step"] / 1000
+    expected = writes | dict(ms_per_step=2000, matmul_gflops=2 * 1024**3 / 2 / 1e9)
+    assert {name: row[name] for name in expected} == pytest.approx(expected)
+    assert row.keys() - expected == {"tokens_per_second", "gflops", "share", "peak_memory_mb"}
     least, most = dict(gpt=(32, 32), bert=(8, 32), t5=(40, 40))[script.NAME]
-    assert least - 0.1 < tokens < most + 0.1  # BERT: some are padding; T5: source 16, target 4
+    assert least <= row["tokens_per_second"] * 2 <= most  # BERT: padding; T5: source 16, target 4
     assert row["share"] == pytest.approx(row["gflops"] / row["matmul_gflops"])
 
 
@@ -2245,7 +2214,6 @@ def test_berts_of_others_without_a_head_and_for_pairs(exported, stories, capsys)
 # The house ----------------------------------------------------------------------------------------
 
 MOST_LINES = dict(gpt=1000, bert=1080, t5=1180, bpe=600, data=1362, test_all=2448)
-MODEL_FILES = "gpt", "bert", "t5"
 
 
 def source_of(name: str) -> str:
@@ -2293,27 +2261,16 @@ def test_the_project_is_eight_files():
     assert top == {*(f"{name}.py" for name in MOST_LINES), "input.txt", "README.md"}
 
 
-# What stands in several files in the same words, beside all from "9. Training" to the end.
-TWINS = "check LONG attention sinusoids rotate KVCache sample padding_bias".split()
-
-
-@functools.cache
-def twins_of(name: str) -> dict[str, str]:
-    """Name -> text of each twin in a model file, and of its last section."""
-    source = source_of(name)
-    begin = source.index("# 9. Training")
-    texts = {"the last section": source[begin:]}
-    for node in ast.parse(source[:begin]).body:
-        label = getattr(node, "name", "") or ast.unparse(getattr(node, "targets", [node])[0])
-        if label in TWINS:
-            texts[label] = ast.get_source_segment(source, node)
-    return texts
-
-
-@pytest.mark.parametrize("label", ["the last section", *TWINS])
+@pytest.mark.parametrize("label", [
+    "# 9. Training", "LONG = ", "class KVCache", *(f"def {name}(" for name in (
+        "check attention sinusoids rotate sample padding_bias").split())])
 def test_twins_are_the_same_text(label):
-    texts = [found[label] for found in map(twins_of, MODEL_FILES) if label in found]
-    assert len(texts) > 1 and len(set(texts)) == 1
+    """What stands in several files in the same words: these, and from "9. Training" to the end."""
+    end = r"\Z" if label[0] == "#" else r"(?=^\S)"
+    texts = [re.findall(rf"^{re.escape(label)}.*?{end}", source_of(name), re.DOTALL | re.MULTILINE)
+             for name in SCRIPTS]
+    texts = [found for found in texts if found]
+    assert len(texts) > 1 and all(found == texts[0] for found in texts)
 
 
 def alone(script: str, folder: str):
