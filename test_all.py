@@ -378,8 +378,7 @@ def test_merges_and_ids_are_those_of_the_tokenizers_library():
         learned, ours = json.loads(theirs.to_str())["model"], content_of(tok)["model"]
         assert ours["merges"] == learned["merges"] and ours["vocab"] == learned["vocab"]
         ids = theirs.encode(text).ids
-        assert tok.encode(text) == ids
-        assert hf.Tokenizer.from_file("saved.json").encode(text).ids == ids
+        assert tok.encode(text) == hf.Tokenizer.from_file("saved.json").encode(text).ids == ids
         learned = json.loads(theirs.to_str())  # in the older layout: merges as one string
         learned["model"]["merges"] = [" ".join(pair) for pair in learned["model"]["merges"]]
         assert open_as_tokenizer(learned).encode(text) == ids
@@ -603,9 +602,10 @@ def corpus_of(source):
     return data.prepare(source, 300, [END], END)
 
 
-def documents_of(corpus) -> list[list[str]]:
+def documents_of(corpus, separator=END) -> list[list[str]]:
     """The documents of both parts, taken apart again."""
-    parts = [corpus.tokenizer.decode(part).split(END) for part in (corpus.train, corpus.validation)]
+    parts = [corpus.tokenizer.decode(part).split(separator)
+             for part in (corpus.train, corpus.validation)]
     assert all(part[0] == part[-1] == "" for part in parts)
     return [part[1:-1] for part in parts]
 
@@ -958,8 +958,7 @@ def strange_text(script, kind="documents") -> tuple[str, list[list[str]]]:
                  for i, length in enumerate(lengths if kind == "documents" else [9000])]
     path = put("strange.txt", f"\n{END}\n".join(documents))
     corpus = data.prepare(path, 0, script.SPECIAL_TOKENS, script.SEPARATOR, byte_tokenizer(script))
-    return path, [[document for document in corpus.tokenizer.decode(part).split(script.SEPARATOR)
-                   if document] for part in (corpus.train, corpus.validation)]
+    return path, documents_of(corpus, script.SEPARATOR)
 
 
 @pytest.mark.parametrize("stride", [32, 16, 5])
@@ -1182,15 +1181,15 @@ def test_a_gradient_that_overflows_leaves_all_weights_as_they_are():
     optimizer = gpt.Muon(model, data.Run(), torch.float32)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     for bad in False, True:
-        before = {name: p.clone() for name, p in model.state_dict().items()}
+        before = [p.clone() for p in model.parameters()]
         scaler.scale(model(*torch.randint(50, (2, 2, 16)))[1]).backward()
         if bad:
             next(model.parameters()).grad[3, 3] = math.inf
         scaler.unscale_(optimizer)
         scaler.step(optimizer)
         scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        stayed = [torch.equal(p, before[name]) for name, p in model.state_dict().items()]
+        optimizer.zero_grad()
+        stayed = list(map(torch.equal, model.parameters(), before))
         assert all(stayed) if bad else not any(stayed)
     assert scaler.get_scale() == 2.0**9
 
@@ -1270,14 +1269,16 @@ def test_eval_is_what_a_slow_loop_counts(script, trained, stories, capsys):
                 targets = batch["targets"]
                 count("token", model(batch["idx"])[0], targets)
                 spelled += len(tok.decode_bytes(targets[targets > 0].tolist()))  # 0 is END
-    loss = sums["token"] / sums["token", "n"]
-    share = {name: sums[name, "right"] / max(sums[name, "n"], 1) for name in (
-        "token", "pair", "span")}
-    expected = dict(perplexity=math.exp(loss)) | dict(
-        gpt=lambda: dict(val_loss=loss, bits_per_byte=sums["token"] / math.log(2) / spelled),
-        bert=lambda: dict(mlm_accuracy=share["token"], nsp_accuracy=share["pair"],
-                          val_loss=loss + sums["pair"] / sums["pair", "n"]),
-        t5=lambda: dict(val_loss=loss, span_accuracy=share["span"]))[script.NAME]()
+    loss, right = sums["token"] / sums["token", "n"], {
+        name: sums[name, "right"] / max(sums[name, "n"], 1) for name in ("token", "pair", "span")}
+    expected = dict(perplexity=math.exp(loss), val_loss=loss)
+    if script is gpt:
+        expected |= dict(bits_per_byte=sums["token"] / math.log(2) / spelled)
+    elif script is bert:
+        expected |= dict(mlm_accuracy=right["token"], nsp_accuracy=right["pair"],
+                         val_loss=loss + sums["pair"] / sums["pair", "n"])
+    else:
+        expected |= dict(span_accuracy=right["span"])
     assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-3)
 
 
@@ -1930,7 +1931,6 @@ def test_a_model_from_the_hub(server, exported, stories, monkeypatch, capsys):
     evaluate = ["eval", "--data", stories, "--init_from"]
     found = figures(gpt, capsys, *evaluate, "some/model")
     assert found == figures(gpt, capsys, *evaluate, exported(gpt)) and not Server.cuts
-    assert len({begin for path, begin in Server.seen if path == "/cdn/weights"}) == 3
     assert Server.tokens == {("127.0.0.1", "Bearer secret"), ("localhost", None)}
     Server.files, Server.seen = {}, []
     assert figures(gpt, capsys, *evaluate, "some/model") == found and not Server.seen
@@ -1947,23 +1947,21 @@ def help_of(script, capsys, command="train") -> str:
     capsys.readouterr()
     with contextlib.suppress(SystemExit):
         assert script.main([command, "--help"]) == 0
-    return " ".join(capsys.readouterr().out.split())
+    return capsys.readouterr().out
 
 
 def test_help_shows_every_flag_with_a_sentence_and_its_default(script, capsys):
-    names = ("data out_dir init_from preset config device dtype max_steps epochs batch_size seed "
-             "grad_accum block_size vocab_size optimizer lr matrix_lr eval_interval n_layer n_head "
-             "n_embd dropout snapshot_interval compile" + " stride layers" * (script is gpt))
-    shown = help_of(script, capsys)
-    for name in names.split():
-        assert re.search(rf"--{name} [A-Za-z]\w*[^-]*\w+", shown), name
-    assert re.search(rf"--vocab_size [^-]*{script.PRESETS['laptop']['vocab_size']}", shown)
     for command, names in (
-        ("finetune", "data init_from freeze patience scratch epochs"), ("bench", "n_layer"),
-        ("generate", "prompt top_k"), ("export", "to"), ("eval", "data batch_size init_from"),
+        ("train", "data preset device n_layer dropout optimizer matrix_lr snapshot_interval"),
+        ("finetune", "data freeze patience scratch epochs"), ("bench", "n_layer compile"),
+        ("generate", "prompt top_k"), ("eval", "data init_from"), ("export", "to"),
     ):
-        shown = help_of(script, capsys, command)
-        assert all(f"--{name} " in shown for name in names.split()), command
+        flags = dict(re.findall(r"^  --(\w+)\s+(.*?)(?=^  -|^\S|^$|\Z)", help_of(
+            script, capsys, command), re.DOTALL | re.MULTILINE))
+        assert flags.keys() >= set(names.split())
+        assert all(len(sentence.split()) > 1 for sentence in flags.values()), command
+        if "vocab_size" in flags:
+            assert str(script.PRESETS["laptop"]["vocab_size"]) in flags["vocab_size"]
 
 
 def test_the_ladder(stories, capsys):
@@ -2011,14 +2009,12 @@ class Evil:
 
 
 @pytest.mark.parametrize("script, arguments, match", [
-    (gpt, "--n_layers 3", "n_layers"), (bert, "--n-layer 3", "n-layer"), (t5, "trian", "trian"),
-    (gpt, "texts.csv", "texts.csv"), (gpt, "--preset huge", "huge"),
+    (gpt, "--n_layers 3", "n_layers"), (t5, "trian", "trian"), (gpt, "texts.csv", "texts.csv"),
     (bert, "--n_layer many", "n_layer.*many"), (t5, "--compile maybe", "maybe"),
-    (gpt, "--max_steps 0", "max_steps.*0"), (gpt, "--seed -1", "seed.*-1"),
-    (bert, f"--seed {10**20}", "seed"),
+    (gpt, "--preset huge", "huge"), (gpt, "--max_steps 0", "max_steps.*0"),
+    (gpt, "--seed -1", "seed.*-1"), (bert, f"--seed {10**20}", "seed"),
     (gpt, "--n_embd 30", "n_embd.*30.*4"), (gpt, "--vocab_size 200", "257"),
-    (t5, "--vocab_size 200", "358"), (gpt, "--stride 0", "stride.*0"),
-    (gpt, "--layers 3", "layers"), (gpt, "--layers {", "layers"),
+    (t5, "--vocab_size 200", "358"), (gpt, "--stride 0", "stride.*0"), (gpt, "--layers {", "layers"),
     (gpt, '--layers {"9":{"n_ff":0}}', "layers.*9|9.*layers"), (gpt, '--layers {"0":5}', "layers"),
     (gpt, '--layers {"0":{"n_feet":4}}', "n_feet"), (gpt, '--layers {"1":{"n_head":3}}', "3"),
     (bert, "--pos rope", "pos.*rope"), (gpt, "--act GELU", "act.*GELU"),
