@@ -471,18 +471,14 @@ def test_unigram_is_the_best_of_all_cuts():
         pieces["".join(draw.choices("abc", k=draw.randrange(2, 5)))] = -draw.uniform(3, 20)
     tok = open_as_tokenizer(t5_file(pieces, {"Ａ": "a", "ﬁ": "b"}))
     names = ["<pad>", "</s>", "<unk>", *pieces]
-    unknown = min(pieces.values()) - 10
-
-    def all_cuts(word: str):
-        for end in range(1, len(word) + 1):
-            if end == 1 or word[:end] in pieces:
-                yield from ([word[:end], *rest] for rest in all_cuts(word[end:]))
-        if not word:
-            yield []
-
+    unknown = dict.fromkeys("abc▁", min(pieces.values()) - 10)  # a single letter
     for _ in range(200):
-        word = "".join(draw.choices("abc", k=draw.randrange(1, 10)))
-        best = max(all_cuts("▁" + word), key=lambda cut: sum(pieces.get(x, unknown) for x in cut))
+        word = "".join(draw.choices("abc", k=draw.randrange(1, 9)))
+        cuts = [["▁" + word]]
+        for end in range(1, len(word) + 1):  # all cuts: another one here, or none
+            cuts += [[*cut[:-1], cut[-1][: end - len(word) - 1], word[end - 1 :]] for cut in cuts]
+        best = max(cuts, key=lambda cut: sum(
+            (unknown | pieces).get(part, -math.inf) for part in cut))
         best = [part if part in pieces else "<unk>" for part in best]
         best = [part for i, part in enumerate(best)  # neighbours that are unknown are one
                 if part != "<unk>" or best[i - 1 : i] != ["<unk>"]]
@@ -675,14 +671,6 @@ def test_the_movie_reviews_by_name(server, monkeypatch):
     assert config.n_labels == 2 and task.rows == 2  # those that have a label
 
 
-def test_a_file_is_replaced_whole_or_not_at_all():
-    Path("a").write_text("old")
-    with pytest.raises(KeyError), data.replacing(Path("a"), "w") as file:
-        file.write("half")
-        raise KeyError
-    assert Path("a").read_text() == "old" and os.listdir() == ["a"]
-
-
 # The layers and the models ------------------------------------------------------------------------
 
 
@@ -744,14 +732,12 @@ def test_each_gpt_learns_with_all_its_weights_and_sees_no_future(variant):
 
 @pytest.mark.parametrize("own", [dict(n_head=4), dict(n_ff=20), dict(n_ff=0)], ids=str)
 def test_settings_of_single_blocks(own):
-    """Those of all blocks, one by one, give the model that has them everywhere."""
-    models = [gpt.GPT(gpt.GPTConfig(**TINY | settings)) for settings in (
-        own, dict(layers={"0": own, "1": own}), dict(layers={"1": own}), {})]
-    models[1].load_state_dict(models[0].state_dict())
+    """Given to each block, they make the model that has them everywhere."""
+    everywhere, each = (gpt.GPT(gpt.GPTConfig(**TINY | settings)) for settings in (
+        own, dict(layers={"0": own, "1": own})))
+    each.load_state_dict(everywhere.state_dict())
     idx = torch.randint(50, (2, 16))
-    assert torch.equal(models[0](idx)[0], models[1](idx)[0])
-    all_, _, one, none = (sum(p.numel() for p in model.parameters()) for model in models)
-    assert none - one == one - all_  # the other block is as it was
+    assert torch.equal(everywhere(idx)[0], each(idx)[0])
 
 
 @pytest.mark.parametrize("variant", [
@@ -1184,7 +1170,6 @@ def test_a_run_its_files_and_its_log(script, stories, capsys):
     for row in rows:
         kind = measures[script.NAME] if "val_loss" in row else "loss lr tokens_per_second"
         assert {"step", "seconds", *kind.split()} <= row.keys()
-    assert all(a["seconds"] <= b["seconds"] for a, b in zip(rows, rows[1:]))
     assert rows[-1].get("mlm_loss", rows[-1]["val_loss"]) < math.log(400)
     for name in ("ckpt.pt", "best.pt", *snapshots):
         state = state_of(Path("my run", name))
@@ -1206,7 +1191,6 @@ def test_a_run_its_files_and_its_log(script, stories, capsys):
         "--max_steps", 2)  # other weights, and the earlier run is set aside
     assert state_of("again/ckpt.pt")["step"] == 2
     assert before == files_in("again/before")
-    assert before["ckpt.pt"] != Path("again/ckpt.pt").read_bytes()
 
 
 def test_eval_is_what_a_slow_loop_counts(script, trained, stories, capsys):
@@ -1552,12 +1536,6 @@ def test_gpt_learns_from_the_response_alone_and_by_its_rating():
     chances = model(batch["idx"])[0][0].log_softmax(dim=-1)  # the loss, written down
     expected = -sum(chances[4 + i, token] for i, token in enumerate(answer)) / 3
     assert abs(task.loss(model, batch)[0] - expected) < 1e-6
-
-    task, both, _ = one_batch(gpt, task, header[:15], "abc,de", f"a,{'x' * 12}", config=config)
-    whole = gradient_of(model, task, both)
-    short = int((both["targets"] != -100).sum(dim=1).argmin())
-    both["idx"][short, 7:] = 99  # what stands in the padding has no effect
-    assert (gradient_of(model, task, both) - whole).abs().max() < 1e-12
     # Five times the rating is five times the row.
     rated, repeated, equal = (
         gradient_of(model, *one_batch(gpt, gpt.Finetuning(), header, *rows, config=config)[:2])
@@ -1608,13 +1586,11 @@ def test_t5_s_padded_sources_and_targets_change_nothing():
     targets = [[token for token in row if token != -100] for row in batch["tgt"].tolist()]
     assert sorted(map(byte_tokenizer(t5).decode, targets)) == ["de</s>", "uvwxy</s>", "x</s>"]
     model = randomised(t5.T5(tiny_config(t5)))
-    whole, sums = gradient_of(model, task, batch), 0.0
+    sums = 0.0
     for src, tgt, mask in zip(batch["src"], batch["tgt"], batch["src_mask"]):
         src, tgt = src[None, mask], tgt[None, tgt != -100]
         sums += float(model(src, tgt)[1]) * tgt.numel()
     assert float(task.loss(model, batch)[0]) == pytest.approx(sums / (3 + 2 + 6), rel=1e-6)
-    batch["src"][~batch["src_mask"]] = 77
-    assert (gradient_of(model, task, batch) - whole).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("name, content", [
@@ -1929,11 +1905,10 @@ def help_of(script, capsys, command="train") -> str:
 
 
 def test_help_shows_every_flag_with_a_sentence_and_its_default(script, capsys):
-    for command, names in (
-        ("train", "data preset device n_layer dropout optimizer matrix_lr snapshot_interval"),
-        ("finetune", "data freeze patience scratch epochs"), ("bench", "n_layer compile"),
-        ("generate", "prompt top_k"), ("eval", "data init_from"), ("export", "to"),
-    ):
+    for command, names in dict(
+            train="data preset device n_layer dropout optimizer snapshot_interval", export="to",
+            finetune="data freeze patience scratch epochs", bench="n_layer compile",
+            generate="prompt top_k", eval="data init_from").items():
         flags = dict(re.findall(r"^  --(\w+)\s+(.*?)(?=^  -|^\S|^$|\Z)", help_of(
             script, capsys, command), re.DOTALL | re.MULTILINE))
         assert flags.keys() >= set(names.split())
@@ -2093,9 +2068,13 @@ def test_tables_that_cannot_be_used(script, name, content, match, trained, capsy
     assert not Path("a/ckpt.pt").exists()
 
 
-def test_mistakes_with_a_run(script, trained, stories, capsys):
+def test_mistakes_with_a_run_leave_it_as_it_was(script, trained, stories, monkeypatch, capsys):
     shutil.copytree(trained(script), "run")
-    files = files_in("run")
+    files, full = files_in("run"), OSError("the disk is full")
+    with monkeypatch.context() as patch:  # a file is replaced whole or not at all
+        patch.setattr(os, "fsync", lambda file: (_ for _ in ()).throw(full))
+        assert "disk is full" in mistake(
+            script, capsys, "--init_from", "resume", "--out_dir", "run", "--max_steps", 10)
     assert "n_layer" in mistake(
         script, capsys, "--init_from", "resume", "--out_dir", "run", "--n_layer", 9)
     assert "freeze" in mistake(script, capsys, *finetuning(script, "run"), "--freeze", 9)
@@ -2296,7 +2275,7 @@ def what_the_readme_names():
     put("pairs.jsonl", "\n".join(json.dumps(dict(source=a, target=b)) for a, b in rows))
 
 
-def test_the_readme_s_commands_run(what_the_readme_names, capsys):
+def test_the_readme_s_commands_and_examples_run(what_the_readme_names, capsys):
     """In the order of the page, with small models and few steps. Of those that take a network or a
     GPU, and of `bench` and `ladder`, which have tests of their own, only the flags are looked up;
     `torchrun` and the first command are run by .ci/run."""
@@ -2319,13 +2298,9 @@ def test_the_readme_s_commands_run(what_the_readme_names, capsys):
         run_[script.NAME] += 1
         capsys.readouterr()
     assert all(run_[name] > 6 for name in SCRIPTS)
-
-
-def test_the_readme_s_examples_run(what_the_readme_names):
-    run(gpt, *in_small(gpt, []))
     examples = blocks("python")
     assert len(examples) > 2
-    for example in examples:
+    for example in examples:  # they begin with models of the commands
         exec(compile(re.sub(r"\brange\(\d+\)", "range(2)", example), "README.md", "exec"), {})
 
 
