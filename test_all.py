@@ -10,7 +10,6 @@ run once with each of the three scripts. `KILLS=20 pytest test_all.py -k killed`
 import ast
 import base64
 import collections
-import contextlib
 import dataclasses
 import functools
 import gzip
@@ -1123,12 +1122,11 @@ def test_muon_is_torch_s_and_adamw_too():
             parts = p.detach().clone().chunk(3 if "qkv" in name else 1)
             apart[name] = list(map(torch.nn.Parameter, parts))
     others = [p for name, p in theirs.named_parameters() if name not in apart]
-    adamw = dict(lr=0.01, betas=(0.9, 0.95))
     optimizers = [
         gpt.Muon(ours, run_, torch.bfloat16),
         torch.optim.Muon(sum(apart.values(), []), lr=0.02, weight_decay=0.1, momentum=0.95),
-        torch.optim.AdamW([p for p in others if p.ndim == 2], weight_decay=0.1, **adamw),
-        torch.optim.AdamW([p for p in others if p.ndim < 2], weight_decay=0, **adamw)]
+        torch.optim.AdamW([dict(params=[p for p in others if p.ndim == 2], weight_decay=0.1), dict(
+            params=[p for p in others if p.ndim < 2], weight_decay=0)], lr=0.01, betas=(0.9, 0.95))]
     for _ in range(4):
         for (name, p), q in zip(ours.named_parameters(), theirs.parameters()):
             p.grad = torch.randn_like(p)
@@ -1501,12 +1499,6 @@ def plain(script, **options):
     return script.Finetuning(**dict.fromkeys(names, 0.0) | options)
 
 
-def gradient_of(model, task, batch) -> torch.Tensor:
-    model.zero_grad()
-    task.loss(model, batch)[0].backward()
-    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-
-
 def one_batch(script, task, header, *rows, config=None):
     """The task of all these rows, the batch that has them all, and the text of each."""
     Path("two").mkdir(exist_ok=True)
@@ -1530,10 +1522,12 @@ def test_gpt_learns_from_the_response_alone_and_by_its_rating():
     expected = -sum(chances[4 + i, token] for i, token in enumerate(answer)) / 3
     assert abs(task.loss(model, batch)[0] - expected) < 1e-6
     # Five times the rating is five times the row.
-    rated, repeated, equal = (
-        gradient_of(model, *one_batch(gpt, gpt.Finetuning(), header, *rows, config=config)[:2])
-        for rows in (["abc,de,5", "a,xyz,1"], ["abc,de,1"] * 5 + ["a,xyz,1"],
-                     ["abc,de,1", "a,xyz,1"]))
+    gradients = []
+    for rows in ["abc,de,5", "a,xyz,1"], ["abc,de,1"] * 5 + ["a,xyz,1"], ["abc,de,1", "a,xyz,1"]:
+        task, batch, _ = one_batch(gpt, gpt.Finetuning(), header, *rows, config=config)
+        found = torch.autograd.grad(task.loss(model, batch)[0], list(model.parameters()))
+        gradients.append(torch.cat([gradient.flatten() for gradient in found]))
+    rated, repeated, equal = gradients
     assert (rated - repeated).abs().max() < 1e-7 and (rated - equal).abs().max() > 1e-4
     assert one_batch(gpt, gpt.Finetuning(min_rating=2.5), header, "a,b,2", "c,d,3", "e,f,5",
                      config=config)[0].rows == 2
@@ -1699,11 +1693,10 @@ def write_safetensors(path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def read_safetensors(path) -> dict[str, torch.Tensor]:
-    content = Path(path).read_bytes()
+    content = bytearray(Path(path).read_bytes())
     begin = 8 + struct.unpack("<Q", content[:8])[0]
-    return {name: torch.from_numpy(np.frombuffer(content[begin:], "<f4")[
-                entry["data_offsets"][0] // 4 : entry["data_offsets"][1] // 4].copy()
-            ).view(entry["shape"])
+    return {name: torch.frombuffer(content, dtype=torch.float32, count=math.prod(entry["shape"]),
+                                   offset=begin + entry["data_offsets"][0]).view(entry["shape"])
             for name, entry in json.loads(content[8:begin]).items() if name != "__metadata__"}
 
 
@@ -1841,10 +1834,6 @@ def test_an_exported_fine_tuning_answers_as_the_run_does(script, trained, capsys
         assert theirs.config.id2label == {0: "cat", 1: "dog"}
         for left, right in outputs(bert, bert.BERT.from_pretrained("folder"), theirs):
             assert (left - right).abs().max() < 1e-5
-        theirs.save_pretrained("again")  # as their Trainer does: without the head for masks
-        for name in "tokenizer.json", "tokenizer_config.json":
-            shutil.copy(f"folder/{name}", "again")
-        assert printed(script, capsys, *answer, "--init_from", "again").split()[0] in "cat dog"
 
 
 def test_a_table_with_more_rows_than_there_are_tokens(script, stories, capsys):
@@ -1890,9 +1879,8 @@ def test_a_model_from_the_hub(server, exported, stories, monkeypatch, capsys):
 
 
 def help_of(script, capsys, command="train") -> str:
-    capsys.readouterr()
-    with contextlib.suppress(SystemExit):
-        assert script.main([command, "--help"]) == 0
+    with pytest.raises(SystemExit):
+        script.main([command, "--help"])
     return capsys.readouterr().out
 
 
@@ -2018,7 +2006,8 @@ def test_what_a_shell_may_do(trained, monkeypatch, capsys):
 
 @pytest.mark.parametrize("script, name, content, match", [
     *((gpt, *source) for source in (
-        ("empty.txt", b"", "empty.txt"), ("latin.txt", "für alle ".encode("latin-1") * 9, "latin.txt"),
+        ("empty.txt", b"", "empty.txt"),
+        ("latin.txt", "für alle ".encode("latin-1") * 9, "latin.txt"),
         ("rows.jsonl", b'{"text": "a"}\n{"body": "b"}\n', "rows.jsonl"),
         ("cut.txt.gz", gzip.compress(b"text " * 99, mtime=0)[:-9], "cut.txt.gz"),
         ("latin.txt.gz", gzip.compress("für alle".encode("latin-1"), mtime=0), "latin.txt.gz"),
@@ -2041,7 +2030,8 @@ def test_what_a_shell_may_do(trained, monkeypatch, capsys):
     (gpt, "a.txt", "prompt,response\na,b\nc,d\n", "a.txt.*csv"),
     (gpt, "a.missing.csv", None, "a.missing.csv"),
     (bert, "a.csv", "text,label\na,x\nb,x\n", "label.*x"),
-    (t5, "a.csv", "source,label\na,b\nc,d\n", "a.csv.*target")], ids=lambda value: getattr(value, "NAME", value))
+    (t5, "a.csv", "source,label\na,b\nc,d\n", "a.csv.*target"),
+], ids=lambda value: getattr(value, "NAME", None))
 def test_texts_and_tables_that_cannot_be_used(script, name, content, match, trained, capsys):
     Path("bare").mkdir()
     if content is not None:
@@ -2235,8 +2225,7 @@ def blocks(kind: str) -> list[str]:
 def in_small(script, words: list[str]) -> list[str]:
     """The arguments of a command of the README with a model and steps that take no time: its own
     flags win, but for --max_steps."""
-    name = "train" if not words or words[0].startswith("-") else words[0]
-    own = words if words[:1] != [name] else words[1:]
+    name, *own = words
     small = dict(generate="" if script is bert else "--max_new_tokens 9",
                  finetune="--target_length 8" if script is t5 else "", train=(
         f"--n_layer {1 + 3 * ('--layers' in own)} --n_head 2 --n_embd 16 --vocab_size 400 "
@@ -2266,11 +2255,12 @@ def test_the_readme_s_commands_and_examples_run(capsys):
             assert re.match(r"torchrun |pip |pytest |diff |$", line), line
             continue
         script, words = SCRIPTS[match[1]], shlex.split(match[2], comments=True)
+        if not words or words[0].startswith("-"):
+            words.insert(0, "train")
         if "--help" in words:
             continue
-        if NOT_RUN.search(line) or words[:1] in (["bench"], ["ladder"]):
-            name = "train" if not words or words[0].startswith("-") else words[0]
-            shown = help_of(script, capsys, name)
+        if NOT_RUN.search(line) or words[0] in ("bench", "ladder"):
+            shown = help_of(script, capsys, words[0])
             assert all(f"{word} " in shown for word in words if word.startswith("--")), line
             assert "--preset" not in words or words[words.index("--preset") + 1] in shown, line
             continue
