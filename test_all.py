@@ -10,7 +10,6 @@ run once with each of the three scripts. `KILLS=20 pytest test_all.py -k killed`
 import ast
 import base64
 import collections
-import contextlib
 import dataclasses
 import functools
 import gzip
@@ -35,6 +34,7 @@ import sys
 import tarfile
 import threading
 import time
+import traceback
 import unicodedata
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -55,7 +55,10 @@ ROOT = Path(__file__).parent
 INPUT = (ROOT / "input.txt").read_text(encoding="utf-8")
 END = "<|endoftext|>"
 SCRIPTS = dict(gpt=gpt, bert=bert, t5=t5)
+PROMPTS = dict(gpt="The — sea", bert="The [MASK] — sea.", t5="The <extra_id_0> — sea.")
+KILLS = int(os.environ.get("KILLS", 1))
 torch.set_num_threads(1)  # models as small as these lose time with more
+traceback.format_stack = list  # torch notes one at each seed, for a GPU that may be used later
 
 # What the tests have in common --------------------------------------------------------------------
 
@@ -76,13 +79,15 @@ def empty_folder(tmp_path, monkeypatch):
     torch.manual_seed(0)
 
 
-@pytest.fixture(autouse=True)
-def short_samples(monkeypatch):
+def shorten_samples(task):
     """The sample at a run's end, 400 tokens, would take most of the time of the runs here."""
-    for script in SCRIPTS.values():
-        for task in script.Pretraining, script.Finetuning:
-            monkeypatch.setattr(task, "demonstrate", lambda self, model, length, show=(
-                task.demonstrate): show(self, model, min(length, 30)))
+    show = task.demonstrate
+    task.demonstrate = lambda self, model, length: show(self, model, min(length, 9))
+
+
+for each in SCRIPTS.values():
+    shorten_samples(each.Pretraining)
+    shorten_samples(each.Finetuning)
 
 
 @pytest.fixture(params=SCRIPTS.values(), ids=SCRIPTS)
@@ -93,14 +98,17 @@ def script(request):
 
 SMALL = ("--n_layer 2 --n_head 2 --n_embd 32 --block_size 32 --vocab_size 400 --batch_size 4 "
          "--warmup_steps 2 --dropout 0.1 --device cpu --eval_interval 4 --log_interval 2").split()
+EXACT = "--dropout 0 --dtype float32 --max_steps 6 --log_interval 1 --eval_interval 6".split()
+
+
+def first_stories(n: int) -> str:
+    return END.join(INPUT.split(END)[:n])
 
 
 @pytest.fixture(scope="session")
 def stories(tmp_path_factory) -> str:
-    """The path of a text of forty stories."""
-    path = tmp_path_factory.mktemp("stories") / "stories.txt"
-    path.write_text(END.join(INPUT.split(END)[:40]), encoding="utf-8")
-    return str(path)
+    """The path of a text of a few stories: to evaluate on more takes most of a short run."""
+    return put(tmp_path_factory.mktemp("stories") / "stories.txt", first_stories(16))
 
 
 @pytest.fixture(scope="session")
@@ -152,33 +160,36 @@ def mistake(script, capsys, *arguments) -> str:
     return line
 
 
-def put(name: str, content: str | bytes) -> str:
-    """Write a file."""
+def put(name, content: str | bytes) -> str:
+    """Write a file -> its name."""
     Path(name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    return name
+    return str(name)
+
+
+def files_in(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.is_file()}
 
 
 def log_of(folder) -> list[dict]:
     return [json.loads(line) for line in Path(folder, "log.jsonl").read_text().splitlines()]
 
 
-def weights_of(path) -> dict[str, torch.Tensor]:
-    return torch.load(path, weights_only=True)["model"]
+def state_of(path) -> dict:
+    """What is in a checkpoint: "model", "optimizer", "step" ..."""
+    return torch.load(path, weights_only=True)
 
 
 def assert_same_run(left, right):
     """Two runs ended alike: weights and optimizer to the last bit, the log but for its times."""
-    found = []
+    tensors, logs = [], []
     for folder in left, right:
-        state = torch.load(f"{folder}/ckpt.pt", weights_only=True)
-        tensors = state["model"] | {(i, name): value for i, each in state["optimizer"][
-            "state"].items() for name, value in each.items()}
-        log = [{key: value for key, value in row.items() if key not in (
-            "seconds", "tokens_per_second")} for row in log_of(folder)]
-        found.append((tensors, weights_of(f"{folder}/best.pt"), log))
-    for a, b in list(zip(*found))[:2]:
-        assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-    assert found[0][2] == found[1][2]
+        state = state_of(f"{folder}/ckpt.pt")
+        best = state_of(f"{folder}/best.pt")["model"]
+        tensors.append([state["model"], state["optimizer"]["state"], best])
+        logs.append([{key: value for key, value in row.items() if key not in (
+            "seconds", "tokens_per_second")} for row in log_of(folder)])
+    torch.testing.assert_close(*tensors, rtol=0, atol=0)
+    assert logs[0] == logs[1]
 
 
 CHILDREN = multiprocessing.get_context("forkserver")  # imports once what takes seconds, then forks
@@ -192,29 +203,43 @@ def in_child(name: str, arguments: list[str], folder: str, environment: dict[str
     sys.exit(importlib.import_module(name).main(arguments))
 
 
-def start(script, *arguments, **environment):
-    """A process of its own that runs the command, to be killed or joined."""
-    child = CHILDREN.Process(target=in_child, args=(
-        script.NAME, list(map(str, arguments)), os.getcwd(), environment))
-    child.start()
-    return child
+def child_of(script, *arguments, folder=None, **environment):
+    """A process of its own that will run the command."""
+    return CHILDREN.Process(target=in_child, args=(
+        script.NAME, list(map(str, arguments)), str(folder or os.getcwd()), environment))
 
 
 @pytest.fixture(scope="session", autouse=True)
-def learning(request, shared_cache, stories, tmp_path_factory):
-    """Name -> (process, folder) of the runs that `test_it_learns` looks at: they take longest, so
-    they begin before all tests and go on beside them."""
-    begun, sizes = {}, dict(gpt="--max_steps 250", t5="--n_embd 64 --batch_size 16 --max_steps 90",
-                            bert="--n_embd 64 --batch_size 32 --max_steps 450")
-    for name, flags in sizes.items():
-        if any(item.name == f"test_it_learns[{name}]" for item in request.session.items):
-            folder = tmp_path_factory.mktemp("learning")
-            os.chdir(folder)
-            begun[name] = start(SCRIPTS[name], "--data", stories, "--out_dir", folder, *SMALL,
-                                "--eval_interval", 450, "--dropout", 0, *flags.split()), folder
-    return begun
+def beside(request, shared_cache, stories, tmp_path_factory):
+    """beside(name): the folder of a run, when it has ended. These runs take longest, so they begin
+    before all tests, if they are needed, and go on beside them."""
+    chosen, runs = {item.name for item in request.session.items}, {}
+    folder = tmp_path_factory.mktemp("torchrun")
+    if "test_accumulation_and_two_ranks_give_the_losses_of_one_process[gpt]" in chosen:
+        runs["torchrun"] = folder, CHILDREN.Process(target=torch.distributed.run.main, args=([
+            "--nproc_per_node=2", gpt.__file__, "--data", stories, *SMALL, *EXACT, "--batch_size",
+            "8", "--out_dir", str(folder)],))
+    for name, flags in dict(gpt="--max_steps 250", t5="--n_embd 64 --batch_size 16 --max_steps 90",
+                            bert="--n_embd 64 --batch_size 32 --max_steps 450").items():
+        if f"test_it_learns[{name}]" in chosen:
+            folder = tmp_path_factory.mktemp(name)
+            text = put(folder / "stories.txt", first_stories(40))
+            runs[name] = folder, child_of(
+                SCRIPTS[name], "--data", text, "--out_dir", folder, *SMALL, "--eval_interval", 450,
+                "--dropout", 0, *flags.split(), folder=folder)
+    starting = threading.Thread(target=lambda: [child.start() for _, child in runs.values()])
+    starting.start()  # (it waits for imports)
+
+    def ended(name) -> Path:
+        starting.join()
+        folder, child = runs[name]
+        child.join()
+        assert child.exitcode == 0
+        return folder
+    return ended
 
 
+@functools.cache
 def byte_tokenizer(script) -> bpe.Tokenizer:
     """Every byte is a token, so ids are easily read: it has no merges."""
     return bpe.Tokenizer.train("", 256 + len(script.SPECIAL_TOKENS), script.SPECIAL_TOKENS)
@@ -243,6 +268,8 @@ def opened(task, script, source, tokenizer=None, config=None, **settings):
 
 # bpe.py -------------------------------------------------------------------------------------------
 
+BERT_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+T5_SENTINELS = range(2, 102)
 MIXED = "Don't we'll  go!\n\n\tIt's 3.14, naïve — 你好 мир १२ x² 𝔘𝔫𝔦 🙂\u3000end \x1c'S "
 SCRIPTURE = (  # ordinary text in many scripts, as people type it
     "Don't you know it's 3.14, naïve café-goers? Straße, Æsir, señor, Łódź, İstanbul; ﬁne ½ ①™x². "
@@ -318,10 +345,11 @@ def test_text_and_bytes_come_back():
     tok, draw = bpe.Tokenizer.train(MIXED * 5, 320, [END]), random.Random(1)
     for raw in (draw.randbytes(n % 16) for n in range(2000)):
         assert tok.decode_bytes(tok.encode(raw)) == raw
-    text = "".join(chr(code) for code in range(0x30000) if not 0xD800 <= code < 0xE000)
+    text = "".join(chr(code) for code in (*range(0x3100), *range(0x3100, 0x30000, 9))
+                   if not 0xD800 <= code < 0xE000)
     assert tok.decode(tok.encode(text)) == text
     assert tok.decode(tok.encode("☃")[:-1]) == "\ufffd"  # half a character
-    long = "abc" * 300_000  # a word of a million letters takes seconds, not days
+    long = "abc" * 50_000  # such a long word takes a second, not days
     assert bpe.Tokenizer.train("abcabcab " * 99, 290).encode(long)[-1] < 290
     with pytest.raises(ValueError, match="320|999"):
         tok.decode([999])
@@ -353,8 +381,7 @@ def test_merges_and_ids_are_those_of_the_tokenizers_library():
         learned, ours = json.loads(theirs.to_str())["model"], content_of(tok)["model"]
         assert ours["merges"] == learned["merges"] and ours["vocab"] == learned["vocab"]
         ids = theirs.encode(text).ids
-        assert tok.encode(text) == ids
-        assert hf.Tokenizer.from_file("saved.json").encode(text).ids == ids
+        assert tok.encode(text) == hf.Tokenizer.from_file("saved.json").encode(text).ids == ids
         learned = json.loads(theirs.to_str())  # in the older layout: merges as one string
         learned["model"]["merges"] = [" ".join(pair) for pair in learned["model"]["merges"]]
         assert open_as_tokenizer(learned).encode(text) == ids
@@ -363,9 +390,6 @@ def test_merges_and_ids_are_those_of_the_tokenizers_library():
 def added(i: int, content: str) -> dict:
     return dict(id=i, content=content, single_word=False, lstrip=False, rstrip=False,
                 normalized=False, special=True)
-
-
-BERT_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
 def bert_file(pieces, lowercase=True) -> dict:
@@ -447,18 +471,14 @@ def test_unigram_is_the_best_of_all_cuts():
         pieces["".join(draw.choices("abc", k=draw.randrange(2, 5)))] = -draw.uniform(3, 20)
     tok = open_as_tokenizer(t5_file(pieces, {"Ａ": "a", "ﬁ": "b"}))
     names = ["<pad>", "</s>", "<unk>", *pieces]
-    unknown = min(pieces.values()) - 10
-
-    def all_cuts(word: str):
-        for end in range(1, len(word) + 1):
-            if end == 1 or word[:end] in pieces:
-                yield from ([word[:end], *rest] for rest in all_cuts(word[end:]))
-        if not word:
-            yield []
-
+    unknown = dict.fromkeys("abc▁", min(pieces.values()) - 10)  # a single letter
     for _ in range(200):
-        word = "".join(draw.choices("abc", k=draw.randrange(1, 10)))
-        best = max(all_cuts("▁" + word), key=lambda cut: sum(pieces.get(x, unknown) for x in cut))
+        word = "".join(draw.choices("abc", k=draw.randrange(1, 9)))
+        cuts = [["▁" + word]]
+        for end in range(1, len(word) + 1):  # all cuts: another one here, or none
+            cuts += [[*cut[:-1], cut[-1][: end - len(word) - 1], word[end - 1 :]] for cut in cuts]
+        best = max(cuts, key=lambda cut: sum(
+            (unknown | pieces).get(part, -math.inf) for part in cut))
         best = [part if part in pieces else "<unk>" for part in best]
         best = [part for i, part in enumerate(best)  # neighbours that are unknown are one
                 if part != "<unk>" or best[i - 1 : i] != ["<unk>"]]
@@ -565,13 +585,23 @@ def test_a_download_continues_where_the_connection_broke(server):
         assert not Path(url).exists()
 
 
+def put_archive(name: str, texts: dict[str, str]) -> str:
+    with tarfile.open(name, "w:gz") as archive:
+        for path, text in texts.items():
+            member = tarfile.TarInfo(path)
+            member.size = len(text.encode())
+            archive.addfile(member, io.BytesIO(text.encode()))
+    return name
+
+
 def corpus_of(source):
     return data.prepare(source, 300, [END], END)
 
 
-def documents_of(corpus) -> list[list[str]]:
+def documents_of(corpus, separator=END) -> list[list[str]]:
     """The documents of both parts, taken apart again."""
-    parts = [corpus.tokenizer.decode(part).split(END) for part in (corpus.train, corpus.validation)]
+    parts = [corpus.tokenizer.decode(part).split(separator)
+             for part in (corpus.train, corpus.validation)]
     assert all(part[0] == part[-1] == "" for part in parts)
     return [part[1:-1] for part in parts]
 
@@ -606,13 +636,10 @@ def test_a_corpus_in_pieces_by_several_processes_is_that_of_the_whole(kind, monk
     put("a.txt", text)
     monkeypatch.setenv("XDG_CACHE_HOME", "first")
     whole = corpus_of("a.txt")
-    parts = documents_of(whole)
     if kind == "stream":
-        assert "".join(sum(parts, [])) == text and list(map(len, parts)) == [1, 1]
-        assert 0.89 * len(text) < len(parts[0][0]) < 0.91 * len(text)
-    else:
-        assert [document.strip("\n") for document in documents] == [
-            document.strip("\n") for document in sum(parts, [])]
+        train, validation = documents_of(whole)
+        assert "".join(train + validation) == text and len(train) == len(validation) == 1
+        assert 0.89 * len(text) < len(train[0]) < 0.91 * len(text)
     monkeypatch.setenv("XDG_CACHE_HOME", "second")
     monkeypatch.setattr(data, "PIECE", 999)
     pieced = corpus_of("a.txt")
@@ -632,14 +659,11 @@ def test_the_movie_reviews_by_name(server, monkeypatch):
         return get(f"{server}/{url.rpartition('/')[2]}", **options)
 
     monkeypatch.setattr(requests, "get", local)
-    reviews, buffer = {"train/pos/0_9": "good", "train/neg/1_1": "bad", "train/unsup/2_0": "so",
-                       "test/pos/0_8": "fine", "README": "no"}, io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
-        for name, text in reviews.items():
-            member, raw = tarfile.TarInfo(f"aclImdb/{name}.txt"), f"{text}<br /><br />film".encode()
-            member.size = len(raw)
-            archive.addfile(member, io.BytesIO(raw))
-    Server.files = {"/aclImdb_v1.tar.gz": buffer.getvalue()}
+    reviews = {"train/pos/0_9": "good", "train/neg/1_1": "bad", "train/unsup/2_0": "so",
+               "test/pos/0_8": "fine", "README": "no"}
+    archive = put_archive("reviews.tar.gz", {
+        f"aclImdb/{name}.txt": f"{text}<br /><br />film" for name, text in reviews.items()})
+    Server.files = {"/aclImdb_v1.tar.gz": Path(archive).read_bytes()}
     train, validation = documents_of(corpus_of("imdb"))
     assert sorted(train) == ["bad\n\nfilm", "good\n\nfilm", "so\n\nfilm"]
     assert validation == ["fine\n\nfilm"]
@@ -647,43 +671,17 @@ def test_the_movie_reviews_by_name(server, monkeypatch):
     assert config.n_labels == 2 and task.rows == 2  # those that have a label
 
 
-@pytest.mark.parametrize("n, block_size, stride", [
-    (1, 4, 4), (2, 4, 4), (5, 4, 4), (6, 4, 4), (23, 4, 3), (40, 8, 1)])
-def test_sliding_windows_lose_nothing(n, block_size, stride):
-    tokens = np.arange(100, 100 + n)
-    inputs, targets = data.sliding_windows(tokens, block_size, stride, pad_id=7)
-    assert inputs.shape == targets.shape == (len(inputs), block_size)
-    seen = set()
-    for row, column in itertools.product(range(len(inputs)), range(block_size)):
-        i = row * stride + column
-        assert inputs[row, column] == (tokens[i] if i < n else 7)
-        assert targets[row, column] == (tokens[i + 1] if i + 1 < n else -100)
-        seen.add(targets[row, column])
-    assert seen - {-100} == set(tokens[1:])
-
-
-def test_a_file_is_replaced_whole_or_not_at_all():
-    Path("a").write_text("old")
-    with pytest.raises(KeyError), data.replacing(Path("a"), "w") as file:
-        file.write("half")
-        raise KeyError
-    assert Path("a").read_text() == "old" and os.listdir() == ["a"]
-
-
 # The layers and the models ------------------------------------------------------------------------
 
 
 def slow_attention(query, key, value, bias, causal):
-    """One number at a time, in float64."""
-    (B, H, T, D), S = query.shape, key.size(2)
-    out = torch.zeros(B, H, T, value.size(3), dtype=torch.float64)
-    for b, h, t in itertools.product(range(B), range(H), range(T)):
-        seen = range(t + 1 if causal else S)
-        scores = [float(query[b, h, t].double() @ key[b, h, s].double()) / math.sqrt(D)
-                  + (float(bias[b, h, t, s]) if bias is not None else 0) for s in seen]
-        total = sum(map(math.exp, scores))
-        for s, score in zip(seen, scores):
-            out[b, h, t] += math.exp(score) / total * value[b, h, s].double()
+    """One place at a time, in float64."""
+    out = torch.zeros(*query.shape[:3], value.size(3), dtype=torch.float64)
+    for b, h, t in itertools.product(*map(range, query.shape[:3])):
+        seen = t + 1 if causal else key.size(2)
+        scores = key[b, h, :seen].double() @ query[b, h, t].double() / math.sqrt(query.size(3))
+        chances = (scores + (bias[b, h, t, :seen] if bias is not None else 0)).exp()
+        out[b, h, t] = chances @ value[b, h, :seen].double() / chances.sum()
     return out
 
 
@@ -734,14 +732,12 @@ def test_each_gpt_learns_with_all_its_weights_and_sees_no_future(variant):
 
 @pytest.mark.parametrize("own", [dict(n_head=4), dict(n_ff=20), dict(n_ff=0)], ids=str)
 def test_settings_of_single_blocks(own):
-    """Those of all blocks, one by one, give the model that has them everywhere."""
-    models = [gpt.GPT(gpt.GPTConfig(**TINY | settings)) for settings in (
-        own, dict(layers={"0": own, "1": own}), dict(layers={"1": own}), {})]
-    models[1].load_state_dict(models[0].state_dict())
+    """Given to each block, they make the model that has them everywhere."""
+    everywhere, each = (gpt.GPT(gpt.GPTConfig(**TINY | settings)) for settings in (
+        own, dict(layers={"0": own, "1": own})))
+    each.load_state_dict(everywhere.state_dict())
     idx = torch.randint(50, (2, 16))
-    assert torch.equal(models[0](idx)[0], models[1](idx)[0])
-    all_, _, one, none = (sum(p.numel() for p in model.parameters()) for model in models)
-    assert none - one == one - all_  # the other block is as it was
+    assert torch.equal(everywhere(idx)[0], each(idx)[0])
 
 
 @pytest.mark.parametrize("variant", [
@@ -855,28 +851,21 @@ def test_greedy_is_the_same_with_and_without_the_cache(variant):
     model = gpt.GPT(gpt.GPTConfig(**TINY, **variant)).eval()
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3)  # so that the likeliest token is not always the same
-    for T in 1, 5, 16, 23:
+    for T in 1, 16, 23:
         idx = torch.randint(50, (3, T))
-        fast = model.generate(idx, 40, temperature=0)
-        assert torch.equal(fast, model.generate(idx, 40, temperature=0, use_cache=False))
-        assert fast.shape == (3, T + 40) and torch.equal(fast[:, :T], idx)
+        fast = model.generate(idx, 22, temperature=0)
+        assert torch.equal(fast, model.generate(idx, 22, temperature=0, use_cache=False))
+        assert fast.shape == (3, T + 22) and torch.equal(fast[:, :T], idx)
         for t in range(T, 17):  # while nothing slides, it is the argmax of the whole sequence
             assert torch.equal(fast[:, t], model(fast[:, :t])[0][:, -1].argmax(-1))
 
 
-def test_a_stream_yields_the_columns_of_generate():
-    """A row that is done is filled up with `stop`; when all are, it ends."""
+def test_a_row_that_has_ended_is_filled_up_and_when_all_have_generation_ends():
     model, idx = gpt.GPT(gpt.GPTConfig(**TINY)), torch.randint(50, (3, 4))
-    for n, how in (30, dict(temperature=0)), (30, dict(top_k=9)), (400, dict(stop=7, top_p=1.0)):
-        torch.manual_seed(0)
-        columns = list(model.stream(idx, n, **how))
-        assert columns[0].shape == (3,) and columns[0].dtype == torch.int64
-        torch.manual_seed(0)
-        written = model.generate(idx, n, **how)
-        assert torch.equal(written, torch.stack((*idx.T, *columns), dim=1))
-        assert len(columns) == n or "stop" in how
-    for row in written[:, 4:].tolist():
-        assert set(row[row.index(7) :]) == {7}
+    written = model.generate(idx, 400, stop=7, top_p=1.0)[:, 4:].tolist()
+    ends = [row.index(7) for row in written]
+    assert max(ends) == len(written[0]) - 1 < 399 and len(set(ends)) > 1
+    assert all(set(row[end:]) == {7} for row, end in zip(written, ends))
 
 
 @pytest.mark.parametrize("script", [gpt, t5], ids=lambda file: file.NAME)
@@ -912,26 +901,21 @@ def test_t5_writes_what_is_likeliest_at_each_step():
         assert not any(row[t + 1 :])
 
 
-def mean_chances(model, src, targets: list[list[int]]) -> list[float]:
-    """The mean log-probability of each target's tokens, for one source."""
-    tgt = torch.nn.utils.rnn.pad_sequence(
-        [torch.tensor(target) for target in targets], batch_first=True, padding_value=-100)
-    with torch.no_grad():
-        chance = model(src.expand(len(tgt), -1), tgt)[0].log_softmax(dim=-1)
-    chosen = chance.gather(2, tgt.clamp(min=0)[:, :, None])[:, :, 0] * (tgt >= 0)
-    return (chosen.sum(dim=1) / (tgt >= 0).sum(dim=1)).tolist()
-
-
 def test_enough_beams_find_the_best_of_all_targets():
+    """The one whose tokens have the highest log-probability in the mean."""
     every = [[*middle, 1] for n in range(4) for middle in itertools.product([0, 2, 3, 4], repeat=n)]
     every += [list(full) for full in itertools.product([0, 2, 3, 4], repeat=4)]
+    tgt = torch.nn.utils.rnn.pad_sequence(
+        list(map(torch.tensor, every)), batch_first=True, padding_value=-100)
     better = 0
-    for _ in range(12):
+    for _ in range(8):
         model, src = random_t5(vocab_size=5, tie=False), torch.randint(2, 5, (3, 9))
         greedy, many = model.generate(src, 4), model.generate(src, 4, beams=300)
         for row in range(3):
-            chances = mean_chances(model, src[row : row + 1], every)
-            best, found = every[int(np.argmax(chances))], many[row].tolist()
+            logits = model(src[row].expand(len(every), -1), tgt)[0]
+            losses = F.cross_entropy(logits.mT, tgt, reduction="none").sum(dim=1)  # (-100: 0)
+            best = every[int((losses / (tgt != -100).sum(dim=1)).argmin())]
+            found = many[row].tolist()
             assert found[: len(best)] == best and not any(found[len(best) :])
             better += greedy[row].tolist()[: len(best)] != best
     assert better > 3
@@ -950,8 +934,7 @@ def strange_text(script, kind="documents") -> tuple[str, list[list[str]]]:
                  for i, length in enumerate(lengths if kind == "documents" else [9000])]
     path = put("strange.txt", f"\n{END}\n".join(documents))
     corpus = data.prepare(path, 0, script.SPECIAL_TOKENS, script.SEPARATOR, byte_tokenizer(script))
-    return path, [[document for document in corpus.tokenizer.decode(part).split(script.SEPARATOR)
-                   if document] for part in (corpus.train, corpus.validation)]
+    return path, documents_of(corpus, script.SEPARATOR)
 
 
 @pytest.mark.parametrize("stride", [32, 16, 5])
@@ -1028,10 +1011,11 @@ def test_bert_s_pairs_and_masks_are_the_paper_s(kind):
     assert abs(fate["kept"] / fate["hidden"] - 0.1) < 0.015
 
 
-def test_of_bert_s_pairs_b_alone_does_not_tell_which(stories):
+def test_of_bert_s_pairs_b_alone_does_not_tell_which():
     """Neither its length nor where it stands in its document: for stories, and for sentences."""
-    text = re.sub(rf"(?<=[.!?])\s+|{re.escape(END)}", END, Path(stories).read_text())
-    for source in stories, put("sentences.txt", text):
+    stories = first_stories(40)
+    sentences = re.sub(rf"(?<=[.!?])\s+|{re.escape(END)}", END, stories)
+    for source in put("stories.txt", stories), put("sentences.txt", sentences):
         task, _ = opened(bert.Pretraining(), bert, source, batch_size=32,
                          config=tiny_config(bert, block_size=128))
         documents = f"{END}{Path(source).read_text()}{END}"
@@ -1044,9 +1028,6 @@ def test_of_bert_s_pairs_b_alone_does_not_tell_which(stories):
         true, foreign = (np.array(facts[label], float) for label in (0, 1))
         assert abs(len(true) - len(foreign)) < 0.05 * len(true)
         assert np.allclose(true.mean(axis=0), foreign.mean(axis=0), rtol=0.06, atol=0.03)
-
-
-T5_SENTINELS = range(2, 102)
 
 
 def put_back(src: list[int], tgt: list[int]) -> tuple[list[int], list[list[int]]]:
@@ -1094,13 +1075,14 @@ def test_t5_s_spans_put_back_give_the_text(corruption, T, density, mean_span):
     assert seen == set(tok.encode(text)) or T == 11
 
 
-@pytest.mark.parametrize("script, settings", [
-    (gpt, {}), (bert, {}), (t5, dict(block_size=32)),
-    (t5, dict(block_size=32, corruption="bernoulli"))], ids=["gpt", "bert", "t5", "bernoulli"])
-def test_evaluation_asks_about_the_whole_validation_part(script, settings):
-    """And always in the same way, however many rows are computed at once."""
+@pytest.mark.parametrize("script, settings, block_size", [
+    (gpt, {}, 32), (gpt, {}, 500), (bert, {}, 32), (t5, dict(block_size=32), None),
+    (t5, dict(block_size=32, corruption="bernoulli"), None)], ids=str)
+def test_evaluation_asks_about_the_whole_validation_part(script, settings, block_size):
+    """And always in the same way, however many rows are computed at once; be it less than a row."""
     path, (_, whole) = strange_text(script)
-    task, _ = opened(script.Pretraining(**settings), script, path)
+    config = tiny_config(script, **dict(block_size=block_size) if block_size else {})
+    task, _ = opened(script.Pretraining(**settings), script, path, config=config)
     tok, found = byte_tokenizer(script), []
     for rows in 3, 32:
         texts, asked = [], []
@@ -1119,8 +1101,7 @@ def test_evaluation_asks_about_the_whole_validation_part(script, settings):
         assert "".join(texts) == END.join(whole) + END
     else:  # BERT: once with each kind of B
         assert set("".join(texts)) == set("".join(whole))
-        least = len("".join(whole)) * (1.5 if script is bert else 1)
-        assert sum(map(len, texts)) >= least
+        assert sum(map(len, texts)) >= len("".join(whole)) * (1.5 if script is bert else 1)
         assert script is bert or all(len(text) == 32 and text in "".join(whole)
                                      for text in texts)
 
@@ -1138,12 +1119,11 @@ def test_muon_is_torch_s_and_adamw_too():
             parts = p.detach().clone().chunk(3 if "qkv" in name else 1)
             apart[name] = list(map(torch.nn.Parameter, parts))
     others = [p for name, p in theirs.named_parameters() if name not in apart]
-    adamw = dict(lr=0.01, betas=(0.9, 0.95))
     optimizers = [
         gpt.Muon(ours, run_, torch.bfloat16),
         torch.optim.Muon(sum(apart.values(), []), lr=0.02, weight_decay=0.1, momentum=0.95),
-        torch.optim.AdamW([p for p in others if p.ndim == 2], weight_decay=0.1, **adamw),
-        torch.optim.AdamW([p for p in others if p.ndim < 2], weight_decay=0, **adamw)]
+        torch.optim.AdamW([dict(params=[p for p in others if p.ndim == 2], weight_decay=0.1), dict(
+            params=[p for p in others if p.ndim < 2], weight_decay=0)], lr=0.01, betas=(0.9, 0.95))]
     for _ in range(4):
         for (name, p), q in zip(ours.named_parameters(), theirs.parameters()):
             p.grad = torch.randn_like(p)
@@ -1160,29 +1140,11 @@ def test_muon_is_torch_s_and_adamw_too():
 def test_schedules():
     run_ = data.Run(max_steps=100, warmup_steps=10)
     line = [gpt.schedule(step, run_) for step in range(100)]
-    assert line[:11] == pytest.approx([(i + 1) / 11 for i in range(10)] + [1])
-    assert line[10:] == pytest.approx([1 - i / 90 for i in range(90)])
+    assert line == pytest.approx([*((i + 1) / 11 for i in range(10)), *(
+        1 - i / 90 for i in range(90))])
     run_.schedule = "cosine"
     assert [gpt.schedule(step, run_) for step in (10, 55, 99)] == pytest.approx(
         [1, 0.5, 0], abs=1e-3)
-
-
-def test_a_gradient_that_overflows_leaves_all_weights_as_they_are():
-    model = gpt.GPT(gpt.GPTConfig(**TINY))
-    optimizer = gpt.Muon(model, data.Run(), torch.float32)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-    for bad in False, True:
-        before = {name: p.clone() for name, p in model.state_dict().items()}
-        scaler.scale(model(*torch.randint(50, (2, 2, 16)))[1]).backward()
-        if bad:
-            next(model.parameters()).grad[3, 3] = math.inf
-        scaler.unscale_(optimizer)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        stayed = [torch.equal(p, before[name]) for name, p in model.state_dict().items()]
-        assert all(stayed) if bad else not any(stayed)
-    assert scaler.get_scale() == 2.0**9
 
 
 def test_a_run_its_files_and_its_log(script, stories, capsys):
@@ -1201,10 +1163,9 @@ def test_a_run_its_files_and_its_log(script, stories, capsys):
     for row in rows:
         kind = measures[script.NAME] if "val_loss" in row else "loss lr tokens_per_second"
         assert {"step", "seconds", *kind.split()} <= row.keys()
-    assert all(a["seconds"] <= b["seconds"] for a, b in zip(rows, rows[1:]))
     assert rows[-1].get("mlm_loss", rows[-1]["val_loss"]) < math.log(400)
     for name in ("ckpt.pt", "best.pt", *snapshots):
-        state = torch.load(Path("my run", name), weights_only=True)
+        state = state_of(Path("my run", name))
         assert state["step"] == int(re.sub(r"\D", "", name) or state["step"])
         assert all(value.dtype == torch.float32 for value in state["model"].values())
     drawing = ElementTree.parse("my run/loss.svg").getroot()
@@ -1212,23 +1173,23 @@ def test_a_run_its_files_and_its_log(script, stories, capsys):
     assert f"{rows[-1]['val_loss']:.3f}" in " ".join(drawing.itertext())
 
     for command in re.findall(rf"python {script.NAME}\.py (.*)", shown.err):  # can be copied
-        run(script, *shlex.split(command))
+        words = shlex.split(command)
+        more = ["--max_new_tokens", 9] if words[0] == "generate" and script is not bert else []
+        run(script, *words, *more)
     Path("my run").rename("run")
     run(script, "--config", "run/run.json", "--out_dir", "again")  # the same run
     assert_same_run("run", "again")
-    before = {name: Path("again", name).read_bytes() for name in files - snapshots}
+    before = {name: raw for name, raw in files_in("again").items() if name not in snapshots}
     run(script, "--init_from", "run/best.pt", "--data", stories, "--out_dir", "again", *SMALL,
         "--max_steps", 2)  # other weights, and the earlier run is set aside
-    assert torch.load("again/ckpt.pt", weights_only=True)["step"] == 2
-    assert before == {name: Path("again/before", name).read_bytes() for name in before}
-    assert before["ckpt.pt"] != Path("again/ckpt.pt").read_bytes()
+    assert state_of("again/ckpt.pt")["step"] == 2
+    assert before == files_in("again/before")
 
 
 def test_eval_is_what_a_slow_loop_counts(script, trained, stories, capsys):
-    """One row at a time; twice the same; and what the run's log says of its best."""
+    """One row at a time; and what the run's log says of its best."""
     arguments = ["eval", "--out_dir", trained(script), "--dtype", "float32"]
     found = figures(script, capsys, *arguments)
-    assert figures(script, capsys, *arguments) == found
     best = min((row for row in log_of(trained(script)) if "val_loss" in row),
                key=lambda row: row["val_loss"])
     assert best.keys() - {"seconds"} <= found.keys() and found["step"] == best["step"]
@@ -1237,46 +1198,43 @@ def test_eval_is_what_a_slow_loop_counts(script, trained, stories, capsys):
     tok = bpe.Tokenizer.load(trained(script) / "tokenizer.json")
     task = script.Pretraining(**dict(block_size=32) if script is t5 else {})
     task, _ = opened(task, script, stories, tok, model.config)
-    sums, spelled = collections.Counter(), 0
-
-    def count(name, logits, targets):
-        logits, targets = logits.view(-1, logits.size(-1)), targets.flatten()
-        sums[name] += float(F.cross_entropy(logits, targets, reduction="sum"))  # (-100: ignored)
-        sums[name, "right"] += int((logits.argmax(dim=-1) == targets).sum())
-        sums[name, "n"] += int((targets != -100).sum())
-
+    asked = collections.defaultdict(list)
     with torch.no_grad():
         for batch in task.eval_batches(2):
-            if script is bert:
+            if script is gpt:
+                asked["token"].append((model(batch["idx"])[0], batch["targets"]))
+            elif script is bert:
                 mlm, nsp = model(batch["idx"], batch["segments"], batch.get("mask"))
-                count("token", mlm, batch["mlm_labels"])
-                count("pair", nsp, batch["nsp_labels"])
-            elif script is t5:
-                logits, targets = model(batch["src"], batch["tgt"])[0], batch["tgt"]
-                count("token", logits, targets)
-                count("span", logits, torch.where(targets < 102, -100, targets))
+                asked["token"].append((mlm, batch["mlm_labels"]))
+                asked["pair"].append((nsp, batch["nsp_labels"]))
             else:
-                targets = batch["targets"]
-                count("token", model(batch["idx"])[0], targets)
-                spelled += len(tok.decode_bytes(targets[targets > 0].tolist()))  # 0 is END
-    loss = sums["token"] / sums["token", "n"]
-    share = {name: sums[name, "right"] / max(sums[name, "n"], 1) for name in (
-        "token", "pair", "span")}
-    expected = dict(perplexity=math.exp(loss)) | dict(
-        gpt=lambda: dict(val_loss=loss, bits_per_byte=sums["token"] / math.log(2) / spelled),
-        bert=lambda: dict(mlm_accuracy=share["token"], nsp_accuracy=share["pair"],
-                          val_loss=loss + sums["pair"] / sums["pair", "n"]),
-        t5=lambda: dict(val_loss=loss, span_accuracy=share["span"]))[script.NAME]()
+                logits, targets = model(batch["src"], batch["tgt"])[0], batch["tgt"]
+                asked["token"].append((logits, targets))
+                asked["span"].append((logits, torch.where(targets < 102, -100, targets)))
+    loss, right = {}, {}
+    for name, pairs in asked.items():
+        logits = torch.cat([logits.flatten(0, -2) for logits, _ in pairs])
+        targets = torch.cat([targets.flatten() for _, targets in pairs])
+        loss[name] = float(F.cross_entropy(logits, targets))  # (-100: ignored)
+        right[name] = float((logits.argmax(dim=-1) == targets)[targets != -100].double().mean())
+    expected = dict(perplexity=math.exp(loss["token"]),
+                    val_loss=loss["token"] + loss.get("pair", 0.0))
+    if script is gpt:
+        bits = loss["token"] / math.log(2) * int((targets != -100).sum())
+        spelled = tok.decode_bytes(targets[targets > 0].tolist())  # 0 is END
+        expected |= dict(bits_per_byte=bits / len(spelled))
+    else:
+        expected |= dict(span_accuracy=right["span"]) if script is t5 else dict(
+            mlm_accuracy=right["token"], nsp_accuracy=right["pair"])
     assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["train", "finetune"])
 def test_after_ctrl_c_a_run_goes_on_as_if_nothing_had_been(script, kind, stories, trained, capsys,
                                                             monkeypatch):
-    flags = ["--data", stories, *SMALL, "--log_interval", 3] if kind == "train" else [
-        "finetune", "--init_from", trained(script), "--data", examples_for(script), "--device",
-        "cpu", "--batch_size", 4, "--eval_interval", 4, "--log_interval", 3, *target_length(script)]
-    flags += ["--max_steps", 12]
+    flags = ["--data", stories, *SMALL] if kind == "train" else [
+        *finetuning(script, trained(script)), "--batch_size", 4]
+    flags += ["--eval_interval", 5, "--log_interval", 3, "--max_steps", 10]
     run(script, *flags, "--out_dir", "whole")
     task = script.Pretraining if kind == "train" else script.Finetuning
 
@@ -1288,19 +1246,16 @@ def test_after_ctrl_c_a_run_goes_on_as_if_nothing_had_been(script, kind, stories
     with monkeypatch.context() as patch:
         patch.setattr(task, "batch", batch)
         run(script, *flags, "--out_dir", "stopped", status=130)
-    assert torch.load("stopped/ckpt.pt", weights_only=True)["step"] in (6, 7)
+    assert state_of("stopped/ckpt.pt")["step"] in (6, 7)
     proposed = re.search(rf"python {script.NAME}\.py (.*resume.*)", capsys.readouterr().err)[1]
     run(script, *shlex.split(proposed))
     assert_same_run("whole", "stopped")
 
 
-KILLS = int(os.environ.get("KILLS", 1))
-
-
 def test_killed_anywhere_it_goes_on_to_the_same_end(script, stories, monkeypatch):
     """SIGKILL at a random moment, while tokenizing, training, evaluating, saving: the same command,
     or `--init_from resume` once there is a checkpoint, ends as if nothing had happened."""
-    flags = ["--data", stories, *SMALL, "--max_steps", 30, "--eval_interval", 10, "--log_interval",
+    flags = ["--data", stories, *SMALL, "--max_steps", 20, "--eval_interval", 7, "--log_interval",
              1, "--out_dir"]
     monkeypatch.setenv("XDG_CACHE_HOME", "cache")
     began = time.monotonic()
@@ -1309,7 +1264,8 @@ def test_killed_anywhere_it_goes_on_to_the_same_end(script, stories, monkeypatch
     for i in range(KILLS):
         for folder in "killed", "cache":
             shutil.rmtree(folder, ignore_errors=True)
-        child = start(script, *flags, "killed", XDG_CACHE_HOME="cache")
+        child = child_of(script, *flags, "killed", XDG_CACHE_HOME="cache")
+        child.start()
         child.join(draw.uniform(0.5 if KILLS == 1 else 0.0, 1.1) * seconds)
         child.kill()
         child.join()
@@ -1324,36 +1280,33 @@ def start_ranks(script, *arguments) -> list:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    return [start(script, *arguments, RANK=str(i), LOCAL_RANK=str(i), WORLD_SIZE="2",
-                  MASTER_ADDR="127.0.0.1", MASTER_PORT=port) for i in range(2)]
+    ranks = [child_of(script, *arguments, RANK=str(i), LOCAL_RANK=str(i), WORLD_SIZE="2",
+                      MASTER_ADDR="127.0.0.1", MASTER_PORT=port) for i in range(2)]
+    for rank in ranks:
+        rank.start()
+    return ranks
 
 
 @pytest.mark.parametrize("script, kind", [
     (gpt, "train"), (bert, "train"), (t5, "train"), (gpt, "finetune")],
     ids=["gpt", "bert", "t5", "finetune"])
-def test_accumulation_and_two_ranks_give_the_losses_of_one_process(script, kind, stories, trained):
+def test_accumulation_and_two_ranks_give_the_losses_of_one_process(
+        script, kind, stories, trained, beside):
     """Though masked tokens, padding and ratings are spread unevenly over ranks and parts."""
-    flags = ["--dropout", 0, "--dtype", "float32", "--max_steps", 6, "--log_interval", 1,
-             "--eval_interval", 6]
-    if kind == "train":
-        flags = ["--data", stories, *SMALL, *flags]
-        flags += ["--corruption", "bernoulli"] if script is t5 else []
-    else:  # batches of seven: an odd number
-        flags = ["finetune", "--init_from", trained(script), "--data", examples_for(script),
-                 "--device", "cpu", *flags]
-    size = 8 if kind == "train" else 7  # (of seven, parts would be of six)
+    flags = ["--data", stories, *SMALL, *EXACT] if kind == "train" else [
+        *finetuning(script, trained(script)), *EXACT]
+    flags += ["--corruption", "bernoulli"] if script is t5 else []
+    size = 8 if kind == "train" else 7  # (of seven, an odd number, parts would be of six)
+    ranks = [] if (script, kind) == (gpt, "train") else start_ranks(
+        script, *flags, "--batch_size", size, "--out_dir", "ranks")
     run(script, *flags, "--batch_size", size, "--out_dir", "one")
     run(script, *flags, "--batch_size", size // 2, "--grad_accum", 2, "--out_dir", "parts")
-    flags += ["--batch_size", size, "--out_dir", Path("ranks").resolve()]
-    torchrun = ["--nproc_per_node=2", script.__file__, *map(str, flags)]
-    ranks = start_ranks(script, *flags) if (script, kind) != (gpt, "train") else [
-        CHILDREN.Process(target=torch.distributed.run.main, args=(torchrun,))]  # takes seconds
     for rank in ranks:
-        rank.pid or rank.start()
         rank.join(100)
     assert not any(rank.exitcode for rank in ranks), Path("child0.err").read_text()
+    folders = "one", "parts", "ranks" if ranks else beside("torchrun")
     one, parts, ranks = ([{key: row[key] for key in ("step", "loss", "val_loss") if key in row}
-                          for row in log_of(folder)] for folder in ("one", "parts", "ranks"))
+                          for row in log_of(folder)] for folder in folders)
     assert len(one) == len(ranks) > 5
     for i, row in enumerate(one):
         assert ranks[i] == pytest.approx(row, rel=1e-5)
@@ -1370,24 +1323,49 @@ def test_ctrl_c_that_reaches_one_rank_stops_both(stories):
     for rank in ranks:
         rank.join(30)
     assert [rank.exitcode for rank in ranks] == [130, 130], Path("child0.err").read_text()
-    step = torch.load("run/ckpt.pt", weights_only=True)["step"]
-    run(gpt, "--init_from", "resume", "--out_dir", "run", "--max_steps", step + 2)
-    assert torch.load("run/ckpt.pt", weights_only=True)["step"] == step + 2
+    assert state_of("run/ckpt.pt")["step"] > 0
+
+def test_dropout_zeroes_a_share_and_keeps_the_mean(script):
+    """The share is p to 1/256, independent from place to place, the same for the same seed."""
+    x = torch.full((1000, 1000), 3.0, requires_grad=True)
+    for p, share in (0.1, 26 / 256), (0.5, 0.5), (0.0, 0.0), (1.0, 1.0):
+        torch.manual_seed(1)
+        y = script.drop(x, p)
+        zero = (y == 0).float()
+        assert zero.mean().item() == pytest.approx(share, abs=0.002)
+        for shift in 1, 8, 1000:  # neighbours, the next random number, the next row
+            both = zero.flatten()[shift:] * zero.flatten()[:-shift]
+            assert both.mean().item() == pytest.approx(share**2, abs=0.002)
+        if p < 1:
+            assert y.mean().item() == pytest.approx(3.0, rel=0.005)
+        (slope,) = torch.autograd.grad(y.sum(), x)
+        assert torch.equal(slope * 3.0, y)  # the same places, the same scale
+        torch.manual_seed(1)
+        assert torch.equal(script.drop(x, p), y)
+    assert script.drop(x[:, :7].bfloat16(), 0.1).shape == (1000, 7)
 
 
 def test_float16_on_a_cpu(script, stories):
-    """With loss scaling: much the same losses as in float32, and float32 weights."""
+    """With loss scaling: much the same losses as in float32, and float32 weights; where a gradient
+    overflows, these stay as they are."""
     for dtype in "float16", "float32":
         run(script, "--data", stories, "--out_dir", dtype, "--max_steps", 8, *SMALL, "--dropout", 0,
-            "--dtype", dtype, "--lr", 0.003, *(["--nsp", "false"] if script is bert else []))
+            "--dtype", dtype, "--lr", 0.003, "--eval_interval", 8, *(
+                ["--nsp", "false"] if script is bert else []))
     run(script, "generate", "--out_dir", "float16", "--dtype", "float16", "--prompt",
-        PROMPTS[script.NAME])
-    state = torch.load("float16/ckpt.pt", weights_only=True)
+        PROMPTS[script.NAME], *([] if script is bert else ["--max_new_tokens", 9]))
+    state = state_of("float16/ckpt.pt")
     assert math.log2(state["scaler"]["scale"]) in range(10, 17)
     assert all(value.dtype == torch.float32 for value in state["model"].values())
     for half, full in zip(log_of("float16"), log_of("float32")):
         name = "loss" if "loss" in full else "val_loss"
         assert half[name] == pytest.approx(full[name], rel=0.04)  # (a step may have overflowed)
+    state["scaler"]["scale"] = 2.0**40  # with such large gradients, the next step is left out
+    torch.save(state, "float16/ckpt.pt")
+    run(script, "--init_from", "resume", "--out_dir", "float16", "--max_steps", 9)
+    after = state_of("float16/ckpt.pt")
+    assert after["step"] == 9 and after["scaler"]["scale"] == 2.0**39
+    torch.testing.assert_close(after["model"], state["model"], rtol=0, atol=0)
 
 
 def test_numbers_beyond_float16_s_range_do_not_end_a_t5():
@@ -1402,21 +1380,25 @@ def test_numbers_beyond_float16_s_range_do_not_end_a_t5():
 
 
 def test_a_resumed_run_follows_the_flags_and_may_diverge(script, trained, capsys):
-    """Then it ends with a line that says so, and the last good checkpoint stays."""
+    """Then it ends with a line that says so, and the last good checkpoint stays. On another text,
+    losses do not compare with those before."""
     shutil.copytree(trained(script), "run")
     resume = ["--init_from", "resume", "--out_dir", "run"]
     run(script, *resume)  # nothing is left to do
-    Path("faster.json").write_text('{"max_steps": 12}')
+    put("faster.json", '{"max_steps": 12}')
     run(script, *resume, "--config", "faster.json", "--lr", 0.5)
     settings = json.loads(Path("run/run.json").read_text())
     assert settings["lr"] == 0.5 and settings["max_steps"] == 12
     rows = [row for row in log_of("run") if "lr" in row]
     assert [row["step"] for row in rows] == [2, 4, 6, 8, 10, 12]
     assert rows[4]["lr"] > 0.1 > rows[3]["lr"]
-    before = {path.name: path.read_bytes() for path in Path("run").glob("*.pt")}
+    before = files_in("run")
     line = mistake(script, capsys, *resume, "--max_steps", 30, "--lr", 1e30, "--eval_interval", 30)
     assert re.search("loss.*--lr", line)
-    assert {path.name: path.read_bytes() for path in Path("run").glob("*.pt")} == before
+    assert all(files_in("run")[name] == before[name] for name in ("ckpt.pt", "best.pt"))
+    other = put("other.txt", f"{'?! ' * 800}{INPUT[9000:12000]}")
+    run(script, *resume, "--data", other, "--max_steps", 13)
+    assert "new best" in capsys.readouterr().err and state_of("run/best.pt")["step"] == 13
 
 
 def test_what_is_compiled(script, stories, trained, monkeypatch):
@@ -1430,21 +1412,20 @@ def test_what_is_compiled(script, stories, trained, monkeypatch):
         return call
 
     monkeypatch.setattr(torch, "compile", compiled)
-    run(script, "--data", stories, "--out_dir", "a", *SMALL, "--max_steps", 2)
+    pretrain = ["--data", stories, "--out_dir", "a", *SMALL, "--max_steps", 1]
+    run(script, *pretrain)
     assert not called
-    run(script, "--data", stories, "--out_dir", "a", *SMALL, "--max_steps", 2, "--compile", "true")
-    run(script, "finetune", "--init_from", "a", "--data", examples_for(script), "--max_steps", 3,
-        "--out_dir", "b", "--compile", "true", *target_length(script))
-    assert called == {True: 5}
+    run(script, *pretrain, "--compile", "true")
+    run(script, *finetuning(script, "a"), "--max_steps", 2, "--out_dir", "b", "--compile", "true")
+    assert called == {True: 3}
 
 
-def test_it_learns(script, learning, stories, capsys):
+def test_it_learns(script, beside, capsys):
     """Two layers get well below what the frequencies of the tokens alone give."""
-    child, folder = learning[script.NAME]
-    child.join()
-    assert child.exitcode == 0
+    folder = beside(script.NAME)
     tok = bpe.Tokenizer.load(folder / "tokenizer.json")
-    corpus = data.prepare(stories, 0, script.SPECIAL_TOKENS, script.SEPARATOR, tok)
+    source = str(folder / "stories.txt")
+    corpus = data.prepare(source, 0, script.SPECIAL_TOKENS, script.SEPARATOR, tok)
     share = np.bincount(corpus.train, minlength=400) + 0.1
     unigram = -np.log(share / share.sum())[corpus.validation[1:]].mean()
     perplexity = figures(script, capsys, "eval", "--out_dir", folder)["perplexity"]
@@ -1460,43 +1441,24 @@ EXAMPLES = {  # for each script, a table whose answer shows in the source
 }
 
 
-def examples_for(script, n=40) -> str:
+def finetuning(script, source, n=40) -> list:
+    """The command that fine-tunes a model with n such examples. T5 writes at each evaluation: let
+    it write little."""
     header, row = EXAMPLES[script.NAME]
-    return put("examples.csv", "\n".join(
-        [header, *(row.format(("cat", "dog")[i % 2]) for i in range(n))]))
-
-
-def target_length(script) -> list[str]:
-    """T5 writes at each evaluation: let it write little."""
-    return ["--target_length", "6"] if script is t5 else []
-
-
-def scores(pairs: list[tuple[str, str]]) -> dict[str, float]:
-    """What T5's answers are compared by, for pairs (answer, truth), counted one by one."""
-    exact = f1 = rouge = 0
-    for answer, truth in pairs:
-        a, b = (re.findall(r"\w+", text.lower()) for text in (answer, truth))
-        c, d = ([word for word in words if word not in ("a", "an", "the")] for words in (a, b))
-        common = sum(min(c.count(word), d.count(word)) for word in set(c))
-        longest = max(n for n in range(len(a) + 1) for series in itertools.combinations(a, n)
-                      if any(series == other for other in itertools.combinations(b, n)))
-        exact += answer == truth
-        f1 += 2 * common / (len(c) + len(d))
-        rouge += 2 * longest / (len(a) + len(b))
-    return {name: total / len(pairs) for name, total in dict(
-        exact_match=exact, token_f1=f1, rouge_l=rouge).items()}
+    rows = [row.format(("cat", "dog")[i % 2]) for i in range(n)]
+    return ["finetune", "--init_from", source, "--data", put("examples.csv", "\n".join(
+        [header, *rows])), "--device", "cpu", *(["--target_length", 6] if script is t5 else [])]
 
 
 def test_fine_tuning_learns_to_answer_and_eval_compares_the_answers(script, trained, capsys):
-    run(script, "finetune", "--init_from", trained(script), "--data", examples_for(script, 60),
-        "--out_dir", "a", "--batch_size", 16, "--epochs", 30, "--lr", 0.01, "--matrix_lr", 0.05,
-        "--eval_interval", 50, "--dropout", 0, *target_length(script),
-        *(("--mask_prob", 0) if script is bert else ()))
+    run(script, *finetuning(script, trained(script), 60), "--out_dir", "a", "--batch_size", 16,
+        "--epochs", 15, "--lr", 0.01, "--matrix_lr", 0.05, "--eval_interval", 30, "--dropout", 0,
+        *(["--mask_prob", 0] if script is bert else []))
     assert re.search(r"\b54\b.* 6\b", capsys.readouterr().err)  # examples; held out
     measures = dict(gpt=set(), bert={"accuracy", "macro_f1"},
                     t5={"exact_match", "token_f1", "rouge_l"})[script.NAME]
     rows = [row for row in log_of("a") if "val_loss" in row]
-    assert [row["step"] for row in rows][:2] == [50, 100] and measures <= rows[0].keys()
+    assert [row["step"] for row in rows] == [30, 60] and measures <= rows[0].keys()
     found = figures(script, capsys, "eval", "--out_dir", "a")
     assert {"step", "val_loss"} | measures <= found.keys()
     assert found["step"] == min(rows, key=lambda row: row["val_loss"])["step"]
@@ -1509,35 +1471,38 @@ def test_fine_tuning_learns_to_answer_and_eval_compares_the_answers(script, trai
         shares = [float(line.split()[1]) for line in shown.splitlines()]
         assert len(shares) == 2 and shares[0] >= 50 >= shares[1]
     # Another table is evaluated whole; some of its truths are not what the model says.
-    truths = dict(gpt=[], bert=["cat", "dog", "cat", "cat", "dog"],
-                  t5=["cat", "dog", "the cat", "A cat", "cat, dog"])[script.NAME]
+    truths = dict(gpt=["cat,5"], bert=["cat", "dog", "cat", "cat", "dog"],
+                  t5=["cat", "dog", "the cat", "A cat", '"cat, dog"'])[script.NAME]
+    prompt = EXAMPLES[script.NAME][1].format("cat").split(",")[0]
     other = put("other.csv", "\n".join([EXAMPLES[script.NAME][0], *(
-        f'{EXAMPLES[script.NAME][1].format("cat")[:-4]},"{truth}"' for truth in truths)]))
-    found = truths and figures(script, capsys, "eval", "--out_dir", "a", "--data", other)
+        f"{prompt},{truth}" for truth in truths)]))
+    found = figures(script, capsys, "eval", "--out_dir", "a", "--data", other)
     if script is bert:  # "cat" is right in 3 of 5, and dog never said
         assert (found["accuracy"], found["macro_f1"]) == pytest.approx((0.6, (2 * 3 / 8 + 0) / 2))
-    elif script is t5:
-        expected = scores([("cat", truth) for truth in truths])
-        assert {name: found[name] for name in expected} == pytest.approx(expected)
+    elif script is t5:  # one by one; F1 leaves out articles, ROUGE counts all words
+        assert found["exact_match"] == pytest.approx((1 + 0 + 0 + 0 + 0) / 5)
+        assert found["token_f1"] == pytest.approx((1 + 0 + 1 + 1 + 2 / 3) / 5)
+        assert found["rouge_l"] == pytest.approx((1 + 0 + 2 / 3 + 2 / 3 + 2 / 3) / 5)
 
 
 def test_what_is_frozen_stays_and_without_progress_it_stops(script, trained):
-    common = ["finetune", "--init_from", trained(script), "--data", examples_for(script),
-              "--eval_interval", 2, *target_length(script), "--out_dir"]
+    common = [*finetuning(script, trained(script)), "--eval_interval", 2, "--out_dir"]
     run(script, *common, "a", "--freeze", 1, "--max_steps", 2)
-    before, after = weights_of(trained(script) / "best.pt"), weights_of("a/ckpt.pt")
+    before, after = (state_of(path)["model"] for path in (
+        trained(script) / "best.pt", "a/ckpt.pt"))
     frozen = re.compile(r"((en|de)coder\.)?(blocks\.0\.|\w+_embedding)")
     same = {name: torch.equal(before[name], after[name]) for name in before if name in after}
     assert all(same[name] for name in same if frozen.match(name))
     assert sum(bool(frozen.match(name)) for name in same) > 8
     assert not any(same[name] for name in same if "blocks.1." in name and "weight" in name)
     run(script, *common, "c", "--max_steps", 2)  # without --freeze
-    after = weights_of("c/ckpt.pt")
+    after = state_of("c/ckpt.pt")["model"]
     assert not any(torch.equal(before[name], after[name]) for name in same if frozen.match(name))
     run(script, *common, "b", "--lr", 0, "--matrix_lr", 0, "--patience", 2)
     assert [row["step"] for row in log_of("b") if "val_loss" in row] == [2, 4, 6]
     run(script, *common, "s", "--scratch", "true", "--lr", 0, "--matrix_lr", 0, "--max_steps", 1)
-    after, matrices = weights_of("s/ckpt.pt"), [name for name in same if before[name].ndim == 2]
+    after = state_of("s/ckpt.pt")["model"]
+    matrices = [name for name in same if before[name].ndim == 2]
     assert sum(torch.equal(before[name], after[name]) for name in matrices) < len(matrices) / 2
 
 
@@ -1545,12 +1510,6 @@ def plain(script, **options):
     """A fine-tuning task that shows all tokens: none is masked or left out by chance."""
     names = script.Finetuning.__dataclass_fields__.keys() & {"mask_prob", "drop_prob"}
     return script.Finetuning(**dict.fromkeys(names, 0.0) | options)
-
-
-def gradient_of(model, task, batch) -> torch.Tensor:
-    model.zero_grad()
-    task.loss(model, batch)[0].backward()
-    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
 def one_batch(script, task, header, *rows, config=None):
@@ -1575,17 +1534,13 @@ def test_gpt_learns_from_the_response_alone_and_by_its_rating():
     chances = model(batch["idx"])[0][0].log_softmax(dim=-1)  # the loss, written down
     expected = -sum(chances[4 + i, token] for i, token in enumerate(answer)) / 3
     assert abs(task.loss(model, batch)[0] - expected) < 1e-6
-
-    task, both, _ = one_batch(gpt, task, header[:15], "abc,de", f"a,{'x' * 12}", config=config)
-    whole = gradient_of(model, task, both)
-    short = int((both["targets"] != -100).sum(dim=1).argmin())
-    both["idx"][short, 7:] = 99  # what stands in the padding has no effect
-    assert (gradient_of(model, task, both) - whole).abs().max() < 1e-12
     # Five times the rating is five times the row.
-    rated, repeated, equal = (
-        gradient_of(model, *one_batch(gpt, gpt.Finetuning(), header, *rows, config=config)[:2])
-        for rows in (["abc,de,5", "a,xyz,1"], ["abc,de,1"] * 5 + ["a,xyz,1"],
-                     ["abc,de,1", "a,xyz,1"]))
+    gradients = []
+    for rows in ["abc,de,5", "a,xyz,1"], ["abc,de,1"] * 5 + ["a,xyz,1"], ["abc,de,1", "a,xyz,1"]:
+        task, batch, _ = one_batch(gpt, gpt.Finetuning(), header, *rows, config=config)
+        found = torch.autograd.grad(task.loss(model, batch)[0], list(model.parameters()))
+        gradients.append(torch.cat([gradient.flatten() for gradient in found]))
+    rated, repeated, equal = gradients
     assert (rated - repeated).abs().max() < 1e-7 and (rated - equal).abs().max() > 1e-4
     assert one_batch(gpt, gpt.Finetuning(min_rating=2.5), header, "a,b,2", "c,d,3", "e,f,5",
                      config=config)[0].rows == 2
@@ -1604,7 +1559,6 @@ def test_bert_labels_a_padded_text_as_the_text_alone():
         "[CLS]one[SEP]", "[CLS]some words[SEP]", "[CLS]x[SEP]"]
     model = randomised(bert.BERT(dataclasses.replace(config, n_labels=3)))
     scores = model.classify(batch["idx"], batch["segments"], batch["mask"])
-    assert scores.shape == (3, 3)
     losses = []
     for row, length in enumerate(batch["mask"].sum(dim=1)):
         alone = model.classify(batch["idx"][row : row + 1, :length])
@@ -1631,13 +1585,11 @@ def test_t5_s_padded_sources_and_targets_change_nothing():
     targets = [[token for token in row if token != -100] for row in batch["tgt"].tolist()]
     assert sorted(map(byte_tokenizer(t5).decode, targets)) == ["de</s>", "uvwxy</s>", "x</s>"]
     model = randomised(t5.T5(tiny_config(t5)))
-    whole, sums = gradient_of(model, task, batch), 0.0
+    sums = 0.0
     for src, tgt, mask in zip(batch["src"], batch["tgt"], batch["src_mask"]):
         src, tgt = src[None, mask], tgt[None, tgt != -100]
         sums += float(model(src, tgt)[1]) * tgt.numel()
     assert float(task.loss(model, batch)[0]) == pytest.approx(sums / (3 + 2 + 6), rel=1e-6)
-    batch["src"][~batch["src_mask"]] = 77
-    assert (gradient_of(model, task, batch) - whole).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("name, content", [
@@ -1706,16 +1658,13 @@ def outputs(script, ours, theirs) -> list[tuple]:
         if script is t5:
             found = theirs(input_ids=idx, attention_mask=mask.long(), labels=tgt)
             return list(zip(ours(idx, tgt, mask), (found.logits, found.loss)))
-        found = theirs(input_ids=idx, attention_mask=mask.long(), token_type_ids=segments,
-                       output_hidden_states=True)
-        pairs = [(ours.encode(idx, segments, mask)[mask], found.hidden_states[-1][mask])]
+        found = theirs(input_ids=idx, attention_mask=mask.long(), token_type_ids=segments)
         if ours.config.n_labels:
-            return [*pairs, (ours.classify(idx, segments, mask), found.logits)]
+            return [(ours.classify(idx, segments, mask), found.logits)]
         mlm, nsp = ours(idx, segments, mask)
         if nsp is None:
-            return [*pairs, (mlm[mask], found.logits[mask])]
-        return [*pairs, (mlm[mask], found.prediction_logits[mask]),
-                (nsp, found.seq_relationship_logits)]
+            return [(mlm[mask], found.logits[mask])]
+        return [(mlm[mask], found.prediction_logits[mask]), (nsp, found.seq_relationship_logits)]
 
 
 @pytest.mark.parametrize("name, settings", PUBLISHED, ids=str)
@@ -1757,11 +1706,10 @@ def write_safetensors(path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def read_safetensors(path) -> dict[str, torch.Tensor]:
-    content = Path(path).read_bytes()
+    content = bytearray(Path(path).read_bytes())
     begin = 8 + struct.unpack("<Q", content[:8])[0]
-    return {name: torch.from_numpy(np.frombuffer(content[begin:], "<f4")[
-                entry["data_offsets"][0] // 4 : entry["data_offsets"][1] // 4].copy()
-            ).view(entry["shape"])
+    return {name: torch.frombuffer(content, dtype=torch.float32, count=math.prod(entry["shape"]),
+                                   offset=begin + entry["data_offsets"][0]).view(entry["shape"])
             for name, entry in json.loads(content[8:begin]).items() if name != "__metadata__"}
 
 
@@ -1823,9 +1771,6 @@ def test_a_t5_s_head_is_what_the_file_says():
     assert t5.T5.from_pretrained("folder")(src, tgt)[0].std(dim=-1).max() < 1e-5
 
 
-PROMPTS = dict(gpt="The — sea", bert="The [MASK] — sea.", t5="The <extra_id_0> — sea.")
-
-
 def test_generate_writes_the_text_and_nothing_else(script, trained, capsys):
     prompt = ["generate", "--out_dir", trained(script), "--prompt", PROMPTS[script.NAME]]
     flags = ["--max_new_tokens", 9] if script is not bert else ["--top_k", 3]
@@ -1845,7 +1790,7 @@ def test_an_exported_run_is_opened_by_us_and_by_transformers(script, trained, ex
                                                               capsys):
     assert set(os.listdir(exported(script))) == {
         "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
-    best = weights_of(trained(script) / "best.pt")
+    best = state_of(trained(script) / "best.pt")["model"]
     for name in exported(script), trained(script), trained(script) / "best.pt":
         model = script.Model.from_pretrained(name)
         assert not model.training
@@ -1858,9 +1803,6 @@ def test_an_exported_run_is_opened_by_us_and_by_transformers(script, trained, ex
     generate += [] if script is bert else ["--max_new_tokens", 5, "--temperature", 0]
     assert printed(script, capsys, *generate, "--init_from", exported(script)) == printed(
         script, capsys, *generate, "--out_dir", trained(script))
-    run(script, "--init_from", exported(script), "--data", stories, "--out_dir", "more",
-        "--max_steps", 2, "--eval_interval", 2, "--device", "cpu", "--batch_size", 2)
-    assert torch.load("more/ckpt.pt", weights_only=True)["step"] == 2
 
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoTokenizer.from_pretrained(exported(script))
@@ -1868,10 +1810,9 @@ def test_an_exported_run_is_opened_by_us_and_by_transformers(script, trained, ex
     text = "The old man, by the sea — naïve?"
     ids = ours.encode(text)
     assert theirs(text, add_special_tokens=False).input_ids == ids
-    special = [ours.special.get(name) for name in ("[CLS]", "[SEP]", "</s>")]
-    around = dict(gpt=([], []), bert=(special[:1], special[1:2]), t5=([], special[2:]))
-    first, last = around[script.NAME]
-    assert theirs(text).input_ids == first + ids + last
+    begin, middle, end = (ours.special.get(name) for name in ("[CLS]", "[SEP]", "</s>"))
+    assert theirs(text).input_ids == dict(
+        gpt=ids, bert=[begin, *ids, middle], t5=[*ids, end])[script.NAME]
     prompt = PROMPTS[script.NAME]
     task, _ = opened(script.Pretraining(), script, stories, ours, script.Model.from_pretrained(
         exported(script)).config)
@@ -1884,18 +1825,13 @@ def test_an_exported_run_is_opened_by_us_and_by_transformers(script, trained, ex
         assert both.token_type_ids == [0] * (len(ids) + 2) + [1] * (len(ours.encode("So.")) + 1)
     kind = dict(gpt=transformers.AutoModelForCausalLM, bert=transformers.BertForPreTraining,
                 t5=transformers.T5ForConditionalGeneration)[script.NAME]
-    theirs, again = (cls.from_pretrained(exported(script)).double().eval()
-                     for cls in (kind, script.Model))
-    idx = torch.randint(102, ours.vocab_size, (2, 9))
-    with torch.no_grad():
-        logits = theirs(input_ids=idx, labels=idx).logits if script is t5 else theirs(idx)[0]
-        again = again(idx, idx)[0] if script is t5 else again(idx)[0]
-    assert (logits - again).abs().max() < 1e-6
+    for left, right in outputs(script, *(cls.from_pretrained(exported(script)).double().eval()
+                                         for cls in (script.Model, kind))):
+        assert (left - right).abs().max() < 1e-6
 
 
 def test_an_exported_fine_tuning_answers_as_the_run_does(script, trained, capsys):
-    run(script, "finetune", "--init_from", trained(script), "--data", examples_for(script),
-        "--out_dir", "a", "--max_steps", 2, *target_length(script),
+    run(script, *finetuning(script, trained(script)), "--out_dir", "a", "--max_steps", 2,
         *(["--task_prefix", "ask: "] if script is t5 else []))
     run(script, "export", "--out_dir", "a", "--to", "folder")
     answer = ["generate", "--prompt", "a cat here"] + (
@@ -1906,14 +1842,8 @@ def test_an_exported_fine_tuning_answers_as_the_run_does(script, trained, capsys
         transformers = pytest.importorskip("transformers")
         theirs = transformers.BertForSequenceClassification.from_pretrained("folder").eval()
         assert theirs.config.id2label == {0: "cat", 1: "dog"}
-        idx = torch.randint(4, 400, (3, 20))
-        mask = torch.arange(20) < torch.tensor([[20], [7], [12]])
-        ours = bert.BERT.from_pretrained("folder").classify(idx, mask=mask)
-        assert (ours - theirs(idx, attention_mask=mask.long()).logits).abs().max() < 1e-5
-        theirs.save_pretrained("again")  # as their Trainer does: without the head for masks
-        for name in "tokenizer.json", "tokenizer_config.json":
-            shutil.copy(f"folder/{name}", "again")
-        assert printed(script, capsys, *answer, "--init_from", "again").split()[0] in "cat dog"
+        for left, right in outputs(bert, bert.BERT.from_pretrained("folder"), theirs):
+            assert (left - right).abs().max() < 1e-5
 
 
 def test_a_table_with_more_rows_than_there_are_tokens(script, stories, capsys):
@@ -1929,8 +1859,7 @@ def test_a_table_with_more_rows_than_there_are_tokens(script, stories, capsys):
     assert printed(script, capsys, "generate", "--init_from", "folder", "--prompt",
                    PROMPTS[script.NAME], *daring)
     run(script, "--init_from", "folder", "--data", stories, *sizes, "a")
-    run(script, "finetune", "--init_from", "folder", "--data", examples_for(script), *sizes, "b",
-        *target_length(script))
+    run(script, *finetuning(script, "folder"), *sizes, "b")
 
 
 def test_a_model_from_the_hub(server, exported, stories, monkeypatch, capsys):
@@ -1947,7 +1876,6 @@ def test_a_model_from_the_hub(server, exported, stories, monkeypatch, capsys):
     evaluate = ["eval", "--data", stories, "--init_from"]
     found = figures(gpt, capsys, *evaluate, "some/model")
     assert found == figures(gpt, capsys, *evaluate, exported(gpt)) and not Server.cuts
-    assert len({begin for path, begin in Server.seen if path == "/cdn/weights"}) == 3
     assert Server.tokens == {("127.0.0.1", "Bearer secret"), ("localhost", None)}
     Server.files, Server.seen = {}, []
     assert figures(gpt, capsys, *evaluate, "some/model") == found and not Server.seen
@@ -1961,30 +1889,26 @@ def test_a_model_from_the_hub(server, exported, stories, monkeypatch, capsys):
 
 
 def help_of(script, capsys, command="train") -> str:
-    capsys.readouterr()
-    with contextlib.suppress(SystemExit):
-        assert script.main([command, "--help"]) == 0
-    return " ".join(capsys.readouterr().out.split())
+    with pytest.raises(SystemExit):
+        script.main([command, "--help"])
+    return capsys.readouterr().out
 
 
 def test_help_shows_every_flag_with_a_sentence_and_its_default(script, capsys):
-    names = ("data out_dir init_from preset config device dtype max_steps epochs batch_size seed "
-             "grad_accum block_size vocab_size optimizer lr matrix_lr eval_interval n_layer n_head "
-             "n_embd dropout snapshot_interval compile" + " stride layers" * (script is gpt))
-    shown = help_of(script, capsys)
-    for name in names.split():
-        assert re.search(rf"--{name} [A-Za-z]\w*[^-]*\w+", shown), name
-    assert re.search(rf"--vocab_size [^-]*{script.PRESETS['laptop']['vocab_size']}", shown)
-    for command, names in (
-        ("finetune", "data init_from freeze patience scratch epochs"), ("bench", "n_layer"),
-        ("generate", "prompt top_k"), ("export", "to"), ("eval", "data batch_size init_from"),
-    ):
-        shown = help_of(script, capsys, command)
-        assert all(f"--{name} " in shown for name in names.split()), command
+    for command, names in dict(
+            train="data preset device n_layer dropout optimizer snapshot_interval", export="to",
+            finetune="data freeze patience scratch epochs", bench="n_layer compile",
+            generate="prompt top_k", eval="data init_from").items():
+        flags = dict(re.findall(r"^  --(\w+)\s+(.*?)(?=^  -|^\S|^$|\Z)", help_of(
+            script, capsys, command), re.DOTALL | re.MULTILINE))
+        assert flags.keys() >= set(names.split())
+        assert all(len(sentence.split()) > 1 for sentence in flags.values()), command
+        if "vocab_size" in flags:
+            assert str(script.PRESETS["laptop"]["vocab_size"]) in flags["vocab_size"]
 
 
 def test_the_ladder(stories, capsys):
-    shown = printed(gpt, capsys, "ladder", "--data", stories, "--max_steps", 4, "--batch_size", 4,
+    shown = printed(gpt, capsys, "ladder", "--data", stories, "--max_steps", 2, "--batch_size", 4,
                     "--block_size", 32, "--out_dir", "l")
     rows = json.loads(Path("l/ladder.json").read_text())
     assert len(rows) == 12 and all(row.keys() == {
@@ -1996,16 +1920,21 @@ def test_the_ladder(stories, capsys):
 
 
 def test_bench_ends_with_a_line_of_figures(script, capsys, monkeypatch):
-    monkeypatch.setattr(time, "perf_counter", itertools.count(0, 2).__next__)  # so it runs 5 times
+    """By a clock of ours, on which each call takes 2 seconds."""
+    monkeypatch.setattr(time, "perf_counter", itertools.count(0, 2).__next__)
+    writes = {}
+    if script is not bert:  # a tenth of the 120 tokens is written: to the clock it is the same
+        write = script.Model.generate
+        monkeypatch.setattr(script.Model, "generate", lambda self, idx, n, **options: write(
+            self, idx, n // 10, **options))
+        writes = dict(generate_tokens_per_second=60, generate_batch_tokens_per_second=32 * 60)
     small = "--n_layer 1 --n_head 2 --n_embd 16 --block_size 16 --vocab_size 400 --batch_size 2"
     row = figures(script, capsys, "bench", "--device", "cpu", *small.split())
-    writes = {"generate_tokens_per_second", "generate_batch_tokens_per_second"}
-    names = "first_step_ms ms_per_step tokens_per_second gflops matmul_gflops share peak_memory_mb"
-    assert row.keys() == {*names.split(), *(writes if script is not bert else ())}
-    tokens = row["tokens_per_second"] * row["ms_per_step"] / 1000
+    expected = writes | dict(first_step_ms=2000, ms_per_step=2000, matmul_gflops=1024**3 / 1e9)
+    assert {name: row[name] for name in expected} == pytest.approx(expected)
+    assert row.keys() - expected == {"tokens_per_second", "gflops", "share", "peak_memory_mb"}
     least, most = dict(gpt=(32, 32), bert=(8, 32), t5=(40, 40))[script.NAME]
-    assert least - 0.1 < tokens < most + 0.1  # BERT: some are padding; T5: source 16, target 4
-    assert row["share"] == pytest.approx(row["gflops"] / row["matmul_gflops"])
+    assert least <= row["tokens_per_second"] * 2 <= most  # BERT: padding; T5: source 16, target 4
 
 
 def saved_as(content) -> bytes:
@@ -2022,20 +1951,18 @@ class Evil:
 
 
 @pytest.mark.parametrize("script, arguments, match", [
-    (gpt, "--n_layers 3", "n_layers"), (bert, "--n-layer 3", "n-layer"), (t5, "trian", "trian"),
-    (gpt, "texts.csv", "texts.csv"), (gpt, "--preset huge", "huge"),
-    (bert, "--n_layer many", "n_layer.*many"), (t5, "--compile maybe", "maybe"),
-    (gpt, "--max_steps 0", "max_steps.*0"), (gpt, "--seed -1", "seed.*-1"),
-    (bert, f"--seed {10**20}", "seed"),
-    (gpt, "--n_embd 30", "n_embd.*30.*4"), (gpt, "--vocab_size 200", "257"),
-    (t5, "--vocab_size 200", "358"), (gpt, "--stride 0", "stride.*0"),
-    (gpt, "--layers 3", "layers"), (gpt, "--layers {", "layers"),
-    (gpt, '--layers {"9":{"n_ff":0}}', "layers.*9|9.*layers"), (gpt, '--layers {"0":5}', "layers"),
+    *((script, f"--{name} {value}", f"{name}.*{value}") for script, name, value in (
+        (bert, "n_layer", "many"), (t5, "compile", "maybe"), (gpt, "preset", "huge"),
+        (gpt, "max_steps", 0), (gpt, "seed", -1), (bert, "seed", 10**20), (gpt, "stride", 0),
+        (bert, "pos", "rope"), (gpt, "act", "GELU"), (bert, "mask_prob", 2),
+        (t5, "n_decoder_layer", 0), (t5, "n_buckets", 7), (t5, "noise_density", 1),
+        (t5, "block_size", 1))),
+    (gpt, "--n_layers 3", "n_layers"), (t5, "trian", "trian"), (gpt, "texts.csv", "texts.csv"),
+    (gpt, "--n_embd 30", "n_embd.*30.*4"), (bert, "--n_embd 12 --pos rotary", "rotary|even"),
+    (gpt, "--vocab_size 200", "257"), (t5, "--vocab_size 200", "358"),
+    (gpt, "--layers {", "layers"), (gpt, '--layers {"0":5}', "layers"),
+    (gpt, '--layers {"9":{"n_ff":0}}', "layers.*9|9.*layers"),
     (gpt, '--layers {"0":{"n_feet":4}}', "n_feet"), (gpt, '--layers {"1":{"n_head":3}}', "3"),
-    (bert, "--pos rope", "pos.*rope"), (gpt, "--act GELU", "act.*GELU"),
-    (bert, "--n_embd 12 --pos rotary", "rotary|even"), (bert, "--mask_prob 2", "mask_prob.*2"),
-    (t5, "--n_decoder_layer 0", "n_decoder_layer.*0"), (t5, "--n_buckets 7", "n_buckets.*7"),
-    (t5, "--noise_density 1", "noise_density.*1"), (t5, "--block_size 1", "block_size.*1"),
     (gpt, "--config nowhere.json", "nowhere.json"), (gpt, "--config bad.json", "n_layer.*six"),
     (gpt, "--config other.json", "n_layers"), (gpt, "--config broken.json", "broken.json"),
     (gpt, "--init_from resume", "out/gpt"), (gpt, "--init_from nowhere.pt", "nowhere.pt"),
@@ -2056,26 +1983,8 @@ def test_mistaken_flags_get_one_line(script, arguments, match, stories, capsys):
     assert re.search(match, mistake(script, capsys, *data_, *arguments.split(" ")))
 
 
-@pytest.mark.parametrize("name, content, match", [
-    ("empty.txt", b"", "empty.txt"), ("latin.txt", "für alle ".encode("latin-1") * 9, "latin.txt"),
-    ("rows.jsonl", b'{"text": "a"}\n{"body": "b"}\n', "rows.jsonl"),
-    ("cut.txt.gz", gzip.compress(b"text " * 99, mtime=0)[:-9], "cut.txt.gz"),
-    ("latin.txt.gz", gzip.compress("für alle".encode("latin-1"), mtime=0), "latin.txt.gz"),
-    ("bare/picture.png", b"x", "bare"), ("bare/latin.txt", b"caf\xe9", "latin.txt"),
-    ("page.txt", "for all ".encode("utf-16-le") * 9, "page.txt.*UTF-16"),
-    ("nowhere.txt", None, "nowhere.txt.*shakespeare")])
-def test_sources_that_cannot_be_used(name, content, match, capsys):
-    Path("bare").mkdir()
-    if content is not None:
-        put(name, content)
-    source = "bare" if "bare" in name else name
-    assert re.search(match, mistake(gpt, capsys, "--data", source, "--out_dir", "new"))
-    assert not list(Path().rglob("*.pt"))
-
-
-def test_folders_and_archives_are_read_as_one_would_expect(capsys):
-    """Each text once, though links lead to it twice; nothing hidden, no log of a run. And where a
-    text has changed, losses on it do not compare with those before."""
+def test_folders_and_archives_are_read_as_one_would_expect():
+    """Each text once, though links lead to it twice; nothing hidden, no log of a run."""
     for name in "a.txt", "b/c.txt", ".hidden.txt", ".git/d.txt", "run/log.jsonl":
         path = Path("folder", name)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -2083,25 +1992,15 @@ def test_folders_and_archives_are_read_as_one_would_expect(capsys):
     put("folder/run/run.json", "{}")
     for link, target in ("b/loop", ".."), ("twice.txt", "a.txt"), ("broken.txt", "nowhere"):
         Path("folder", link).symlink_to(target)
-    with tarfile.open("all.tar.gz", "w:gz") as archive:
-        for name in "./._a.txt", "./a.TXT", "b/c.txt", "__MACOSX/a.txt", "b/.d/e.txt":
-            raw = f"\ufeffText {name.lower().removeprefix('./')}.".encode()
-            member = tarfile.TarInfo(name)
-            member.size = len(raw)
-            archive.addfile(member, io.BytesIO(raw))
-    for source in "folder", "all.tar.gz":
+    archive = put_archive("all.tar.gz", {
+        name: f"\ufeffText {name.lower().removeprefix('./')}." for name in (
+            "./._a.txt", "./a.TXT", "b/c.txt", "__MACOSX/a.txt", "b/.d/e.txt")})
+    for source in "folder", archive:
         texts = "".join(sum(documents_of(corpus_of(source)), [])).replace(END, "").split("Text ")
         assert texts == ["", "a.txt.", "b/c.txt."], source
-    flags = "--n_layer 1 --n_embd 16 --block_size 16 --batch_size 4 --vocab_size 300".split()
-    for i, text in enumerate((INPUT[:9000], "?" * 2000 + INPUT[9000:12000])):
-        put("text.txt", text)
-        run(gpt, "--data", "text.txt", *(["--init_from", "resume"] if i else flags), "--max_steps",
-            2 + 2 * i, "--eval_interval", 2)
-    assert "new best" in capsys.readouterr().err
-    assert torch.load("out/gpt/best.pt", weights_only=True)["step"] == 4
 
 
-def test_what_a_shell_may_do(script, trained, stories, monkeypatch, capsys):
+def test_what_a_shell_may_do(trained, monkeypatch, capsys):
     """No home, no standard input, no source text: it goes on without."""
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "")
@@ -2109,24 +2008,23 @@ def test_what_a_shell_may_do(script, trained, stories, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", None)
     with monkeypatch.context() as patch:
         patch.setattr("inspect.getfile", lambda cls: "nowhere")
-        assert "--n_layer" in help_of(script, capsys)
-    run(script, "finetune", "--init_from", trained(script), "--data", examples_for(script),
-        "--max_steps", 1, "--out_dir", "a", *target_length(script))
-    run(script, "generate", "--out_dir", "a")
-
-
-def test_what_is_too_short_or_has_no_gap(script, trained, capsys):
-    for text in "A", END, "A short text.", f"{END}\n{END}\n", f"One.\n{END}\n":
-        Path("short.txt").write_text(text)
-        assert "--block_size" in mistake(script, capsys, "--data", "short.txt")
-    prompts = dict(gpt=[], bert=["A cat.", "word " * 40 + "[MASK]"],
-                   t5=["a <extra_id_1>", "<extra_id_0> <extra_id_0>"])[script.NAME]
-    for prompt in prompts:
-        assert re.search(r"\[MASK\]|\b32\b|extra_id|numbered", mistake(
-            script, capsys, "generate", "--out_dir", trained(script), "--prompt", prompt))
+        assert "--n_layer" in help_of(gpt, capsys)
+    run(gpt, *finetuning(gpt, trained(gpt)), "--max_steps", 1, "--out_dir", "a")
+    run(gpt, "generate", "--out_dir", "a", "--max_new_tokens", 9)
 
 
 @pytest.mark.parametrize("script, name, content, match", [
+    *((gpt, *source) for source in (
+        ("empty.txt", b"", "empty.txt"),
+        ("latin.txt", "für alle ".encode("latin-1") * 9, "latin.txt"),
+        ("rows.jsonl", b'{"text": "a"}\n{"body": "b"}\n', "rows.jsonl"),
+        ("cut.txt.gz", gzip.compress(b"text " * 99, mtime=0)[:-9], "cut.txt.gz"),
+        ("latin.txt.gz", gzip.compress("für alle".encode("latin-1"), mtime=0), "latin.txt.gz"),
+        ("bare/picture.png", b"x", "bare"), ("bare/latin.txt", b"caf\xe9", "latin.txt"),
+        ("page.txt", "for all ".encode("utf-16-le") * 9, "page.txt.*UTF-16"),
+        ("nowhere.txt", None, "nowhere.txt.*shakespeare"))),
+    *((script, "short.txt", text, "--block_size") for script in SCRIPTS.values() for text in (
+        "A", END, "A short text.", f"{END}\n{END}\n", f"One.\n{END}\n")),
     (gpt, "a.csv", "prompt,answer\na,b\nc,d\n", "a.csv.*response"),
     (gpt, "a.csv", "prompt,response\na,b\nc, \n", r"a.csv.*\b[23]\b.*response"),
     (gpt, "a.csv", "prompt,response\na,b\nc\n", r"a.csv.*\b[23]\b"),
@@ -2139,27 +2037,38 @@ def test_what_is_too_short_or_has_no_gap(script, trained, capsys):
     (gpt, "a.jsonl", '{"prompt": "a", "response": "b"}\n{"prompt": "a"}\n', "jsonl.*2.*response"),
     (gpt, "a.jsonl", '{"prompt": "a"\n', r"a.jsonl.*\b1\b"),
     (gpt, "a.txt", "prompt,response\na,b\nc,d\n", "a.txt.*csv"),
-    (gpt, "nothing.csv", None, "nothing.csv"),
+    (gpt, "a.missing.csv", None, "a.missing.csv"),
     (bert, "a.csv", "text,label\na,x\nb,x\n", "label.*x"),
-    (t5, "a.csv", "source,label\na,b\nc,d\n", "a.csv.*target")])
-def test_tables_that_cannot_be_used(script, name, content, match, trained, capsys):
+    (t5, "a.csv", "source,label\na,b\nc,d\n", "a.csv.*target"),
+], ids=lambda value: getattr(value, "NAME", None))
+def test_texts_and_tables_that_cannot_be_used(script, name, content, match, trained, capsys):
+    Path("bare").mkdir()
     if content is not None:
         put(name, content)
-    assert re.search(match, mistake(script, capsys, "finetune", "--init_from", trained(script),
-                                    "--data", name, "--out_dir", "a"))
-    assert not Path("a/ckpt.pt").exists()
+    command = ["finetune", "--init_from", trained(script)] if name.startswith("a.") else []
+    source = "bare" if "bare" in name else name
+    assert re.search(match, mistake(script, capsys, *command, "--data", source, "--out_dir", "new"))
+    assert not list(Path().rglob("*.pt"))
 
 
-def test_mistakes_with_a_run(script, trained, stories, capsys):
+def test_mistakes_with_a_run_leave_it_as_it_was(script, trained, stories, monkeypatch, capsys):
     shutil.copytree(trained(script), "run")
-    files = {path.name: path.read_bytes() for path in Path("run").iterdir()}
+    files = files_in("run")
+    with monkeypatch.context() as patch:  # a full disk: a file is replaced whole or not at all
+        patch.setattr(os, "fsync", lambda file: open("nowhere"))
+        assert "cannot write" in mistake(
+            script, capsys, "--init_from", "resume", "--out_dir", "run", "--max_steps", 10)
     assert "n_layer" in mistake(
         script, capsys, "--init_from", "resume", "--out_dir", "run", "--n_layer", 9)
-    assert "freeze" in mistake(script, capsys, "finetune", "--init_from", "run", "--data",
-                               examples_for(script), "--freeze", 9, "--out_dir", "a")
+    assert "freeze" in mistake(script, capsys, *finetuning(script, "run"), "--freeze", 9)
     other = dict(gpt=bert, bert=t5, t5=gpt)[script.NAME]
     assert re.search("run.*(ckpt|best).pt", mistake(other, capsys, "eval", "--out_dir", "run"))
-    assert files == {path.name: path.read_bytes() for path in Path("run").iterdir()}
+    prompts = dict(gpt=[], bert=["A cat.", "word " * 40 + "[MASK]"],
+                   t5=["a <extra_id_1>", "<extra_id_0> <extra_id_0>"])[script.NAME]
+    for prompt in prompts:  # they have no gap, are too long, or have gaps without order
+        assert re.search(r"\[MASK\]|\b32\b|extra_id|numbered", mistake(
+            script, capsys, "generate", "--out_dir", "run", "--prompt", prompt))
+    assert files == files_in("run")
     for variant in [] if script is t5 else [["--norm", "post" if script is gpt else "pre"]]:
         run(script, "--data", stories, *SMALL, "--out_dir", "odd", "--max_steps", 1, *variant)
         assert "transformers" in mistake(script, capsys, "export", "--out_dir", "odd", "--to", "to")
@@ -2184,9 +2093,12 @@ def test_checkpoints_that_are_something_else(content, trained, capsys):
     ("config.json", dict(model_type="llama"), "llama"), ("config.json", dict(n_layer=3), "h.2|3"),
     ("config.json", dict(vocab_size=401), "401|wte"), ("config.json", dict(n_layer=1), "h.1|1"),
     ("config.json", dict(vocab_size=None), "folder"),
-    ("config.json", dict(activation_function="swish"), "activation_function.*swish"),
-    ("config.json", dict(layer_norm_epsilon=0.1), "layer_norm_epsilon"),
-    ("config.json", dict(scale_attn_weights=False), "scale_attn_weights"),
+    *((f"{model}/config.json", {setting: value}, setting) for model, setting, value in (
+        ("gpt", "activation_function", "swish"), ("gpt", "layer_norm_epsilon", 0.1),
+        ("gpt", "scale_attn_weights", False), ("bert", "hidden_act", "relu"),
+        ("bert", "problem_type", "multi_label_classification"), ("bert", "layer_norm_eps", 1e-5),
+        ("bert", "problem_type", "regression"), ("t5", "dense_act_fn", "silu"),
+        ("t5", "feed_forward_proj", "gated-silu"))),
     ("config.json", b"{", "config.json"), ("config.json", b"[1]", "config|folder"),
     ("model.safetensors", b"", "safetensors"),
     ("model.safetensors", lambda good: good[:-1], "safetensors"),
@@ -2200,7 +2112,9 @@ def test_checkpoints_that_are_something_else(content, trained, capsys):
     ("pytorch_model.bin", saved_as({"stranger": torch.ones(2)}), "stranger|missing|weights"),
     ("tokenizer.json", b"{}", "tokenizer.json")])
 def test_published_folders_that_are_something_else(name, content, match, exported, capsys):
-    shutil.copytree(exported(gpt), "folder")
+    model, _, name = name.rpartition("/")
+    script = SCRIPTS[model or "gpt"]
+    shutil.copytree(exported(script), "folder")
     path, weights = Path("folder", name), Path("folder/model.safetensors")
     good = weights.read_bytes()
     if isinstance(content, dict):
@@ -2209,30 +2123,13 @@ def test_published_folders_that_are_something_else(name, content, match, exporte
         weights.unlink()
     path.write_bytes(content(good) if callable(content) else content)
     assert re.search(match, mistake(
-        gpt, capsys, "generate", "--init_from", "folder", "--prompt", "a"))
+        script, capsys, "generate", "--init_from", "folder", "--prompt", "a"))
     assert not Path("broken_in").exists()
 
 
-@pytest.mark.parametrize("script, settings, match", [
-    (bert, dict(problem_type="multi_label_classification"), "problem_type"),
-    (bert, dict(problem_type="regression"), "problem_type"),
-    (bert, dict(num_labels=1), "num_labels"),
-    (bert, dict(hidden_act="relu"), "hidden_act"), (bert, dict(layer_norm_eps=1e-5), "layer_norm"),
-    (t5, dict(dense_act_fn="silu"), "dense_act_fn"),
-    (t5, dict(feed_forward_proj="gated-silu"), "feed_forward_proj")])
-def test_settings_that_change_the_numbers_are_named(script, settings, match, exported, capsys):
-    shutil.copytree(exported(script), "folder")
-    config = json.loads(Path("folder/config.json").read_text()) | settings
-    put("folder/config.json", json.dumps(config))
-    if "num_labels" in settings:
-        weights = read_safetensors("folder/model.safetensors")
-        weights["classifier.weight"], weights["classifier.bias"] = torch.ones(1, 32), torch.ones(1)
-        write_safetensors("folder/model.safetensors", weights)
-    assert match in mistake(script, capsys, "generate", "--init_from", "folder", "--prompt", "a")
-
-
 def test_berts_of_others_without_a_head_and_for_pairs(exported, stories, capsys):
-    """A BertModel can learn, but fill nothing in; a classifier may have been trained on pairs."""
+    """A BertModel can learn, but fill nothing in; a classifier may have been trained on pairs, or
+    have one label: then it gives a number."""
     shutil.copytree(exported(bert), "bare")
     weights = read_safetensors("bare/model.safetensors")
     weights = {name: x for name, x in weights.items() if not name.startswith("cls.")}
@@ -2240,17 +2137,22 @@ def test_berts_of_others_without_a_head_and_for_pairs(exported, stories, capsys)
     assert "head" in mistake(bert, capsys, "generate", "--init_from", "bare")
     run(bert, "--init_from", "bare", "--data", stories, "--max_steps", 1, "--batch_size", 2)
     shutil.copytree("bare", "labels")
-    weights |= {"classifier.weight": torch.ones(2, 32), "classifier.bias": torch.ones(2)}
-    write_safetensors("labels/model.safetensors", weights)
-    for texts in ["One."], ["One.", "--prompt_b", "Two."]:
-        shown = printed(bert, capsys, "generate", "--init_from", "labels", "--prompt", *texts)
+    head = {"classifier.weight": torch.ones(2, 32), "classifier.bias": torch.ones(2)}
+    write_safetensors("labels/model.safetensors", weights | head)
+    answer = ["generate", "--init_from", "labels", "--prompt", "One."]
+    for more in [], ["--prompt_b", "Two."]:
+        shown = printed(bert, capsys, *answer, *more)
         assert shown.split() == ["LABEL_0", "50.0", "%", "LABEL_1", "50.0", "%"]
+    head = {name: x[:1] for name, x in head.items()}
+    write_safetensors("labels/model.safetensors", weights | head)
+    config = json.loads(Path("labels/config.json").read_text()) | dict(num_labels=1)
+    put("labels/config.json", json.dumps(config))
+    assert "num_labels" in mistake(bert, capsys, *answer)
 
 
 # The house ----------------------------------------------------------------------------------------
 
-MOST_LINES = dict(gpt=1000, bert=1080, t5=1180, bpe=600, data=1267, test_all=2448)
-MODEL_FILES = "gpt", "bert", "t5"
+MOST_LINES = dict(gpt=1000, bert=1080, t5=1180, bpe=600, data=1272, test_all=2300)
 
 
 def source_of(name: str) -> str:
@@ -2278,16 +2180,13 @@ def test_house_rules(name):
     functions = [node for node in nodes if isinstance(node, ast.FunctionDef)]
     long = {node.name for node in functions if node.end_lineno - node.lineno >= 50}
     assert long <= {"train"}  # (that one is the whole story, of about 60)
-    module, documented = importlib.import_module(name), set()
-    for node in tree.body:
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            assert ast.get_docstring(node), f"{name}.{node.name} is not documented"
-        for method in node.body if isinstance(node, ast.ClassDef) else ():
-            if isinstance(method, ast.FunctionDef) and method.name[0] != "_":
-                bases = getattr(module, node.name).__mro__[1:]
-                assert ast.get_docstring(method) or method.name in documented or any(
-                    hasattr(base, method.name) for base in bases), f"{node.name}.{method.name}"
-                documented.add(method.name)  # (those of Finetuning are Pretraining's)
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+    methods = [node for each in classes for node in each.body if node in functions]
+    public = [*classes, *(node for node in tree.body if node in functions), *(
+        node for node in methods if node.name[0] != "_")]
+    documented = {node.name for node in public if ast.get_docstring(node)}
+    inherited = {*dir(torch.nn.Module), *dir(torch.autograd.Function)}
+    assert {node.name for node in public} <= documented | inherited
 
 
 def test_the_project_is_eight_files():
@@ -2298,52 +2197,30 @@ def test_the_project_is_eight_files():
     assert top == {*(f"{name}.py" for name in MOST_LINES), "input.txt", "README.md"}
 
 
-# What stands in several files in the same words, beside all from "9. Training" to the end.
-TWINS = "check LONG attention sinusoids rotate KVCache sample padding_bias".split()
-
-
-@functools.cache
-def twins_of(name: str) -> dict[str, str]:
-    """Name -> text of each twin in a model file, and of its last section."""
-    source = source_of(name)
-    begin = source.index("# 9. Training")
-    texts = {"the last section": source[begin:]}
-    for node in ast.parse(source[:begin]).body:
-        label = getattr(node, "name", "") or ast.unparse(getattr(node, "targets", [node])[0])
-        if label in TWINS:
-            texts[label] = ast.get_source_segment(source, node)
-    return texts
-
-
-@pytest.mark.parametrize("label", ["the last section", *TWINS])
+@pytest.mark.parametrize("label", [
+    "# 9. Training", "LONG = ", "class KVCache", *(f"def {name}(" for name in (
+        "check attention sinusoids rotate sample padding_bias").split())])
 def test_twins_are_the_same_text(label):
-    texts = [found[label] for found in map(twins_of, MODEL_FILES) if label in found]
-    assert len(texts) > 1 and len(set(texts)) == 1
+    """What stands in several files in the same words: these, and from "9. Training" to the end."""
+    end = r"\Z" if label[0] == "#" else r"(?=^\S)"
+    texts = [re.findall(rf"^{re.escape(label)}.*?{end}", source_of(name), re.DOTALL | re.MULTILINE)
+             for name in SCRIPTS]
+    texts = [found for found in texts if found]
+    assert len(texts) > 1 and all(found == texts[0] for found in texts)
 
 
-def alone(script: str, folder: str):
-    """In a child: import the script where there is nothing else of the project, and use it."""
-    os.chdir(folder)
-    sys.stderr = open("alone.err", "w")
-    sys.path[:] = [folder, *(path for path in sys.path if Path(path or ".").resolve() != ROOT)]
-    for name in "test_all gpt bert t5 bpe data".split():
-        sys.modules.pop(name, None)
-    module = importlib.import_module(script)
-    sizes = dict(vocab_size=50, n_layer=2, n_head=2, n_embd=16)
-    model = module.Model(module.Config(**sizes | ({} if script == "t5" else dict(block_size=16))))
+def test_a_file_alone_gives_its_model_and_says_what_training_lacks(script, monkeypatch, capsys):
+    """Imported anew, where nothing else of the project can be."""
+    for name in "gpt bert t5 bpe data".split():
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, script.NAME)
+    module = importlib.import_module(script.NAME)
+    model = module.Model(module.Config(**dataclasses.asdict(tiny_config(script))))
     idx = torch.randint(2, 50, (2, 9))
-    (model.loss(idx, None, None, idx) if script == "bert" else model(idx, idx)[1]).backward()
-    assert len(model(idx)[0] if script == "bert" else model.generate(idx, 20)) == 2
-    sys.exit(module.main([]))
-
-
-def test_a_file_alone_gives_its_model_and_says_what_training_lacks(script):
-    shutil.copy(script.__file__, ".")
-    child = CHILDREN.Process(target=alone, args=(script.NAME, os.getcwd()))
-    child.start()
-    child.join()
-    said = Path("alone.err").read_text()
-    assert child.exitcode == 2 and re.fullmatch(r"error: .*(bpe|data)\.py.*\n", said), said
+    (model.loss(idx, None, None, idx) if script is bert else model(idx, idx)[1]).backward()
+    assert len(model(idx)[0] if script is bert else model.generate(idx, 20)) == 2
+    assert module.main([]) == 2
+    assert re.fullmatch(r"error: .*(bpe|data)\.py.*\n", capsys.readouterr().err)
 
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -2358,8 +2235,7 @@ def blocks(kind: str) -> list[str]:
 def in_small(script, words: list[str]) -> list[str]:
     """The arguments of a command of the README with a model and steps that take no time: its own
     flags win, but for --max_steps."""
-    name = "train" if not words or words[0].startswith("-") else words[0]
-    own = words if words[:1] != [name] else words[1:]
+    name, *own = words
     small = dict(generate="" if script is bert else "--max_new_tokens 9",
                  finetune="--target_length 8" if script is t5 else "", train=(
         f"--n_layer {1 + 3 * ('--layers' in own)} --n_head 2 --n_embd 16 --vocab_size 400 "
@@ -2369,24 +2245,19 @@ def in_small(script, words: list[str]) -> list[str]:
     return [name, *before.split(), *own, *after.split()]
 
 
-@pytest.fixture
-def what_the_readme_names(stories):
-    """All files that the README's commands and examples name, in small, in the working folder."""
-    text = Path(stories).read_text(encoding="utf-8")
+def test_the_readme_s_commands_and_examples_run(capsys):
+    """In the order of the page, with small models and few steps. Of those that take a network or a
+    GPU, and of `bench` and `ladder`, which have tests of their own, only the flags are looked up;
+    `torchrun` and the first command are run by .ci/run."""
+    # All files that they name, in small.
     Path("my_folder").mkdir()
     for name in "input.txt", "my.txt", "my_folder/a.txt":
-        put(name, text)
-    put("my.jsonl", "\n".join(json.dumps({"text": story}) for story in text.split(END)))
+        put(name, first_stories(16))
+    put("my.jsonl", "\n".join(json.dumps({"text": text}) for text in first_stories(16).split(END)))
     rows = [("The sea", "yes"), ("A hill", "no")] * 9
     for name, columns in ("pairs", "prompt,response,rating"), ("texts", "text,label,stars"):
         put(f"{name}.csv", "\n".join([columns, *(f"{left},{right},4" for left, right in rows)]))
     put("pairs.jsonl", "\n".join(json.dumps(dict(source=a, target=b)) for a, b in rows))
-
-
-def test_the_readme_s_commands_run(what_the_readme_names, capsys):
-    """In the order of the page, with small models and few steps. Of those that take a network or a
-    GPU, and of `bench` and `ladder`, which have tests of their own, only the flags are looked up;
-    `torchrun` and the first command are run by .ci/run."""
     run_ = collections.Counter()
     for line in itertools.chain.from_iterable(map(str.splitlines, blocks("sh"))):
         match = re.match(r"python (gpt|bert|t5)\.py *(.*)", line)
@@ -2394,11 +2265,12 @@ def test_the_readme_s_commands_run(what_the_readme_names, capsys):
             assert re.match(r"torchrun |pip |pytest |diff |$", line), line
             continue
         script, words = SCRIPTS[match[1]], shlex.split(match[2], comments=True)
+        if not words or words[0].startswith("-"):
+            words.insert(0, "train")
         if "--help" in words:
             continue
-        if NOT_RUN.search(line) or words[:1] in (["bench"], ["ladder"]):
-            name = "train" if not words or words[0].startswith("-") else words[0]
-            shown = help_of(script, capsys, name)
+        if NOT_RUN.search(line) or words[0] in ("bench", "ladder"):
+            shown = help_of(script, capsys, words[0])
             assert all(f"{word} " in shown for word in words if word.startswith("--")), line
             assert "--preset" not in words or words[words.index("--preset") + 1] in shown, line
             continue
@@ -2406,32 +2278,20 @@ def test_the_readme_s_commands_run(what_the_readme_names, capsys):
         run_[script.NAME] += 1
         capsys.readouterr()
     assert all(run_[name] > 6 for name in SCRIPTS)
-
-
-def test_the_readme_s_examples_run(what_the_readme_names):
-    run(gpt, *in_small(gpt, []))
     examples = blocks("python")
     assert len(examples) > 2
-    for example in examples:
+    for example in examples:  # they begin with models of the commands
         exec(compile(re.sub(r"\brange\(\d+\)", "range(2)", example), "README.md", "exec"), {})
-
-
-@functools.cache
-def definitions(file: str) -> dict[str, int]:
-    """Dotted name -> line of each class, function and global variable of a file."""
-    def named(body, prefix=""):
-        for node in body:
-            name = getattr(node, "name", "") or ast.unparse(getattr(node, "targets", [node])[0])
-            yield prefix + name, node.lineno
-            yield from named(node.body, f"{name}.") if isinstance(node, ast.ClassDef) else ()
-
-    return dict(reversed(list(named(ast.parse(source_of(file[:-3])).body))))  # the first counts
 
 
 def with_right_links(page: str) -> str:
     """The README with each [`name`](file.py#L1) leading to the line where the name is defined."""
     def link(match):
-        return f"[`{match[1]}`]({match[2]}#L{definitions(match[2])[match[1]]})"
+        line, lines = 0, source_of(match[2][:-3]).splitlines()
+        for i, part in enumerate(match[1].split(".")):  # a method is indented
+            defined = re.compile(rf"{i * '    '}((def|class) {part}\b|{part}( =|: ))")
+            line = next(n for n, text in enumerate(lines) if n >= line and defined.match(text))
+        return f"[`{match[1]}`]({match[2]}#L{line + 1})"
 
     return re.sub(r"\[`([\w.]+)`\]\((\w+\.py)#L\d+\)", link, page)
 
