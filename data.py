@@ -71,9 +71,9 @@ def cache_folder() -> Path:
 def replacing(path, mode: str = "wb"):
     """Open a file that takes the place of `path` only once it is whole, on the disk. OSError."""
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
             file.flush()
@@ -522,7 +522,7 @@ def pretrained_folder(name_or_folder) -> Path:
     ours = folder.is_dir() or folder.suffix == ".pt" or folder.parts[0] in ("out", "scratch")
     near = folder.parent != Path() and folder.parent.is_dir()  # then it is not the hub's
     if ours or near or not re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", name, re.ASCII):
-        raise ValueError(f"{name} is no run (train first), no published model, no name of one")
+        raise ValueError("no run is there (train first), and no published model of this name")
     folder = cache_folder() / "hub" / name.replace("/", "--")
     hub = f"{(os.environ.get('HF_ENDPOINT') or HUB).rstrip('/')}/{name}/resolve/main"
 
@@ -571,7 +571,7 @@ def stored_weights(folder: Path) -> dict[str, torch.Tensor]:
                 raw = torch.from_numpy(content[start + begin : start + end])  # (bytes,) uint8
                 tensors[name] = raw.view(DTYPES[header[name]["dtype"]]).view(header[name]["shape"])
         except Exception as error:  # a damaged file can fail in any way
-            raise ValueError(f"{path}: {error}") from None
+            raise ValueError(f"{path}: {str(error)[:99]}") from None
     return tensors
 
 
@@ -669,7 +669,7 @@ class Log:
         (device, dtype, *_), weights = machine(run), sum(p.numel() for p in model.parameters())
         say(f"data: {run.data or 'the stories of input.txt'}, {task.description}",
             f"model: {weights / 1e6:.2f} million parameters, on {device} in {str(dtype)[6:]}",
-            f"steps {self.step:,} to {run.max_steps:,}, of {run.batch_size * run.grad_accum} rows")
+            f"steps {self.step} to {run.max_steps}, of {run.batch_size * run.grad_accum} sequences")
         self.since, self.tokens = time.monotonic(), 0  # the last line; tokens read since
         self.started = self.since - (self.rows[-1]["seconds"] if self.rows else 0)
 
@@ -879,7 +879,7 @@ class Run:
 
 def unknown(kind: str, word: str, known) -> ValueError:
     """The error for a command or flag that there is not: it tells which may have been meant."""
-    near = difflib.get_close_matches(word, known, 1)  # one at most
+    near = [f"--data {word}"] if Path(word).exists() else difflib.get_close_matches(word, known, 1)
     meant = f"did you mean {near[0]}?" if near else "--help lists them"
     return ValueError(f"there is no {kind} {word}; {meant}")
 
@@ -1030,7 +1030,8 @@ def open_model(module, name, ready: bool = False) -> tuple:
         if state["tokenizer"] or ready:
             never_write(module, model, state["tokenizer"])
     except Exception as error:  # a foreign file can fail in any way
-        raise ValueError(f"{module.NAME}.py cannot open {path}: {str(error)[:300]}") from None
+        reason = str(error).partition(". ")[0][:300]  # (PyTorch's next: "set weights_only=False")
+        raise ValueError(f"{module.NAME}.py cannot open {path}: {reason}") from None
     return model, state
 
 
@@ -1045,8 +1046,7 @@ def load_published(module, folder: Path) -> tuple:
     targets = published_weights(module, model)
     weights = {name: x for name, x in weights.items()
                if name in targets or not re.fullmatch(module.NO_WEIGHTS, name)}
-    headed = any(re.match(module.HEAD, name) for name in weights)
-    missing = "$^" if headed else module.HEAD  # what may be: BertModel has no head
+    missing = "$^" if any(re.match(module.HEAD, x) for x in weights) else module.HEAD  # no head
     load_weights(weights, targets, missing)
     task = {"kind": "Pretraining"} | found.get("task", {})
     if labels := getattr(model.config, "n_labels", 0):  # a BERT, fine-tuned here or elsewhere

@@ -141,9 +141,8 @@ LONG = 1024  # number of keys from which the fused attention is faster on a CPU,
 
 
 def drop(x, p: float):
-    """Dropout: zero a share p of the numbers, and scale the others so that the mean stays. (To draw
-    a random number for each takes a CPU half of a step. Here a byte does: p is rounded to 1/256.)
-    """
+    """Dropout: zero a share p of the numbers, and scale the others so that the mean stays. (A byte
+    decides: to draw a number for each is slow on a CPU. So p is rounded to a multiple of 1/256.)"""
     zeroed = round(256 * p)  # of the 256 values of a byte
     if x.device.type != "cpu" or zeroed in (0, 256):
         return F.dropout(x, p)
@@ -475,8 +474,9 @@ class Pretraining:
         if len(corpus.train) <= self.T or len(corpus.validation) < 2:
             raise ValueError(f"{corpus}: too short for windows of {self.T}; give more text, or a "
                              "smaller --block_size")
-        self.spelled = np.array([len(tokenizer.spelling.get(i, "")) for i in  # bytes of each token;
-                                 range(tokenizer.vocab_size)])  # special ones spell none
+        # How many bytes each token spells, (V,); special tokens spell none.
+        sizes = [len(tokenizer.spelling.get(i, "")) for i in range(tokenizer.vocab_size)]
+        self.spelled = np.array(sizes)
         # An epoch's windows are one less than fit, so that there is room for a random offset.
         self.rows = max((len(corpus.train) - 1 - self.T) // (self.stride or self.T), 1)
         return config
@@ -631,7 +631,7 @@ FIXED = dict(  # settings of `config.json` that have one value here
 )
 NO_WEIGHTS, HEAD = r".*\.attn\.(masked_)?bias", "$^"  # masks in old files; what may be missing
 ROLES = dict(bos_token="<|endoftext|>", eos_token="<|endoftext|>")  # of special tokens
-NEVER, TEMPLATE = (), ["A", "B"]  # special tokens that are never drawn; around texts: nothing
+NEVER, TEMPLATE = (), ["A", "B"]  # special tokens that are never drawn; around texts is nothing
 
 NAMES = [  # what our names have (a regular expression) -> what GPT-2's have there
     ("^token_embedding", "transformer.wte"), ("^position_embedding", "transformer.wpe"),
@@ -797,7 +797,7 @@ def orthogonalize(matrices, dtype=torch.float32, steps: int = 5):
 
 
 class Muon(torch.optim.AdamW):
-    """Muon for inner matrices, AdamW for the rest. In one, so that float16's overflows skip both.
+    """Muon for inner matrices, AdamW for all else, in one: an overflow in float16 skips both.
 
     AdamW steps by a fixed size in each *number*; Muon, in each *direction* of a matrix: it takes
     a running mean of the gradients and makes all its singular values 1, so that rare directions are

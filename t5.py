@@ -133,9 +133,8 @@ LONG = 1024  # number of keys from which the fused attention is faster on a CPU,
 
 
 def drop(x, p: float):
-    """Dropout: zero a share p of the numbers, and scale the others so that the mean stays. (To draw
-    a random number for each takes a CPU half of a step. Here a byte does: p is rounded to 1/256.)
-    """
+    """Dropout: zero a share p of the numbers, and scale the others so that the mean stays. (A byte
+    decides: to draw a number for each is slow on a CPU. So p is rounded to a multiple of 1/256.)"""
     zeroed = round(256 * p)  # of the 256 values of a byte
     if x.device.type != "cpu" or zeroed in (0, 256):
         return F.dropout(x, p)
@@ -893,7 +892,8 @@ FIXED = dict(model_type="t5", layer_norm_epsilon=1e-6, is_encoder_decoder=True) 
 # Old files hold distance biases of the cross-attention, which uses none.
 NO_WEIGHTS = r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight"
 ROLES = dict(pad_token="<pad>", eos_token="</s>")  # of special tokens
-NEVER, TEMPLATE, HEAD = (), ["A", "</s>", "B", "</s>"], "$^"  # not drawn; around texts; missing
+NEVER, HEAD = (), "$^"  # special tokens that are never drawn; weights that may be missing
+TEMPLATE = ["A", "</s>", "B", "</s>"]  # what stands around a text A, or a pair A, B
 
 NAMES = [  # what our names have (a regular expression) -> what T5's have there
     ("^token_embedding", "shared"), ("^head", "lm_head"), (r"r\.norm", "r.final_layer_norm"),
@@ -987,7 +987,7 @@ def orthogonalize(matrices, dtype=torch.float32, steps: int = 5):
 
 
 class Muon(torch.optim.AdamW):
-    """Muon for inner matrices, AdamW for the rest. In one, so that float16's overflows skip both.
+    """Muon for inner matrices, AdamW for all else, in one: an overflow in float16 skips both.
 
     AdamW steps by a fixed size in each *number*; Muon, in each *direction* of a matrix: it takes
     a running mean of the gradients and makes all its singular values 1, so that rare directions are
