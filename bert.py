@@ -512,7 +512,7 @@ class Pretraining:
         length or its place in a document, does not tell which (in the paper: whole sentences)."""
         cls, sep = [self.special["[CLS]"]], [self.special["[SEP]"]]
         if not self.nsp:
-            return np.concatenate((cls, first, sep)), np.zeros(len(first) + 2)
+            return np.concatenate((cls, first, sep)), np.zeros(len(first) + 2, np.int64)
         share = draw.uniform(0.2, 0.8)
         n, m = (max(min(round(share * len(x)), len(x) - 1), 1) for x in (first, second))
         a, b = first[:n], second[m:][: self.room - n]
@@ -561,7 +561,7 @@ class Pretraining:
         draw = np.random.default_rng((self.run.seed, step))
         short = draw.random() < self.short_prob
         room = int(draw.integers(8 - 2 - self.nsp, self.room + 1)) if short else self.room
-        numbers = self.order.chosen(self.run, step)
+        numbers, _ = self.order.chosen(self.run, step)
         windows = [self.window("train", number, room, draw) for number in numbers]
         own, document = np.arange(len(numbers)), self.document("train", numbers)
         partner, second = own.copy(), own[(step * len(own) + own) % 2 == 1]

@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import csv
 import ctypes
-import difflib
 import functools
 import glob
 import gzip
@@ -72,7 +71,7 @@ def replacing(path, mode: str = "wb"):
     """Open a file that takes the place of `path` only once it is whole, on the disk. OSError."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
@@ -85,9 +84,9 @@ def replacing(path, mode: str = "wb"):
         temporary.unlink(missing_ok=True)
 
 
-def download(url: str, path, token: str = "") -> Path:
+def download(url: str, path) -> Path:
     """Fetch `url` to `path` unless it is there. What has arrived stays in PATH.part, where the next
-    try goes on. token: for the host of `url` alone. Raises OSError (FileNotFoundError: refused)."""
+    try goes on. Raises OSError (FileNotFoundError: refused)."""
     import requests  # takes a fifth of a second, so only where it is needed
     path, failures = Path(path), 0
     part = path.with_name(path.name + ".part")
@@ -95,7 +94,6 @@ def download(url: str, path, token: str = "") -> Path:
     while not path.exists():
         have, status = part.stat().st_size if part.exists() else 0, "unknown"
         headers = {"Accept-Encoding": "identity", "Range": f"bytes={have}-"}
-        headers |= {"Authorization": f"Bearer {token}"} if token else {}  # dropped if redirected
         with contextlib.suppress(requests.RequestException):
             with requests.get(url, headers=headers, stream=True, timeout=30) as answer:
                 status, left = answer.status_code, int(answer.headers.get("Content-Length", 0))
@@ -176,8 +174,6 @@ def archive_texts(path: Path, members: str):
     """Yield (name, text) of the members of a .tar.gz; nothing is unpacked to the disk."""
     with tarfile.open(path, "r|gz") as archive:
         for member in archive:
-            if member.size > 1 << 27:  # a small archive can hold gigabytes of zeros
-                raise ValueError(f"{member.name} has {member.size:,} bytes")
             if member.isfile() and re.fullmatch(members, member.name):
                 text = archive.extractfile(member).read().decode("utf-8-sig")
                 yield member.name, text.replace("<br /><br />", "\n\n")
@@ -250,14 +246,11 @@ def parallel(function, jobs):
     """Yield (part, function(piece)) of all jobs (part, piece) in order, computed by all cores."""
     # Forked, a process has bpe.py already, and does not run the user's script again.
     how = multiprocessing.get_context("fork" if hasattr(os, "fork") else None)
-    waiting, ignore = [], (signal.SIGINT, signal.SIG_IGN)
+    ignore = signal.SIGINT, signal.SIG_IGN
     with ProcessPoolExecutor(None, how, signal.signal, ignore) as pool:
-        for part, piece in jobs:
-            waiting.append((part, pool.submit(function, piece)))
-            if len(waiting) > os.cpu_count() + 1:  # no more are in memory
-                part, done = waiting.pop(0)
-                yield part, done.result()
-        yield from ((part, done.result()) for part, done in waiting)
+        while some := [*itertools.islice(jobs, 4 * os.cpu_count())]:  # no more are in memory
+            names, texts = zip(*some)
+            yield from zip(names, pool.map(function, texts))
 
 
 @dataclass(eq=False)
@@ -343,21 +336,28 @@ def sliding_windows(tokens, block_size: int, stride: int, pad_id: int):
     return inputs, targets
 
 
-@functools.lru_cache(4)
-def epoch_order(n: int, seed: int, epoch: int) -> tuple[np.ndarray, float]:
-    """A random order of n rows and a random number from [0, 1), the same for the same arguments."""
-    generator = np.random.default_rng((seed, epoch))  # (no state: a step can be drawn again)
-    return generator.permutation(n), generator.random()
+@dataclass(eq=False)
+class Batches:
+    """Rows of some lengths in batches of one size, random, the same for the same (seed, step). An
+    epoch has each row; rows of about the same length go together, so that little is padded."""
 
+    lengths: np.ndarray  # (n,)
 
-def epoch_rows(n: int, run, step: int) -> tuple[np.ndarray, np.ndarray]:
-    """The rows of a step, (batch_size * grad_accum,) int64, of endless epochs that take all n of
-    them once, each in another order; and for each row its epoch's random number from [0, 1)."""
-    size = run.batch_size * run.grad_accum
-    numbers = range(step * size, (step + 1) * size)
-    epochs = [epoch_order(n, run.seed, number // n) for number in numbers]
-    rows = [order[number % n] for number, (order, _) in zip(numbers, epochs)]
-    return np.array(rows), np.array([shift for _, shift in epochs])
+    def chosen(self, run, step: int) -> tuple[np.ndarray, float]:
+        """The rows of a step, batch_size * grad_accum of them or all n, (rows,) int64; and a random
+        number from [0, 1) of its epoch."""
+        size = min(run.batch_size * run.grad_accum, len(self.lengths))
+        epoch, number = divmod(step, math.ceil(len(self.lengths) / size))  # number: of the batch
+        batches, shift = self.epoch(size, run.seed, epoch)
+        return batches[number], shift
+
+    @functools.lru_cache(2)
+    def epoch(self, size: int, seed: int, epoch: int) -> tuple[np.ndarray, float]:
+        """All rows in random batches, (batches, size), and a random number."""
+        generator, n = np.random.default_rng((seed, epoch)), len(self.lengths)
+        order = np.argsort(self.lengths * generator.uniform(0.9, 1.1, n))
+        order = np.append(order, generator.permutation(n)[: -n % size])  # the last one is filled up
+        return generator.permutation(order.reshape(-1, size)), generator.random()
 
 
 def spread(n: int, size: int, most: int | None = None):
@@ -430,30 +430,10 @@ def read_table(path: Path, task) -> list[dict]:
             value = json.dumps(value)
         if not isinstance(value, str) or not value.strip() or re.search("[\ud800-\udfff]", value):
             raise ValueError(f"{row['place']}: the column {name!r} is empty, or no UTF-8 text")
-        value = value.strip()
-        row[name] = re.sub(r"^(-?\d+)\.0+$", r"\1", value) if name == "label" else value  # 1.0: 1
+        row[name] = value.strip()
+        if name == "label":  # 1.0 is 1
+            row[name] = re.sub(r"^(-?\d+)\.0+$", r"\1", row[name])
     return [{name: row[name] for name in (*used, "place")} for row in rows]
-
-
-class Batches:
-    """Rows of different lengths, in batches of about equal length: so little is padded."""
-
-    def __init__(self, lengths):
-        self.lengths = np.asarray(lengths)  # (n,)
-
-    def chosen(self, run, step: int) -> np.ndarray:
-        """A step's rows, at most batch_size * grad_accum, by (seed, step); an epoch has each."""
-        size = run.batch_size * run.grad_accum
-        epoch, number = divmod(step, math.ceil(len(self.lengths) / size))  # number: of the batch
-        return self.epoch(size, run.seed, epoch)[number]
-
-    @functools.lru_cache(2)
-    def epoch(self, size: int, seed: int, epoch: int) -> list[np.ndarray]:
-        """All rows in batches of at most `size`, in random order."""
-        generator = np.random.default_rng((seed, epoch))
-        order = np.argsort(self.lengths * generator.uniform(0.9, 1.1, len(self.lengths)))
-        batches = [order[i] for i in spread(len(order), size)]
-        return [batches[i] for i in generator.permutation(len(batches))]
 
 
 class Examples(Batches):
@@ -463,7 +443,7 @@ class Examples(Batches):
         if not rows:
             raise ValueError("no examples are left to learn from, or to hold out")
         self.rows, self.encoded = rows, [encode(row) for row in rows]
-        super().__init__([example["length"] for example in self.encoded])
+        super().__init__(np.array([example["length"] for example in self.encoded]))
 
     def describe(self, held_out: "Examples") -> str:
         """What there is to learn from, for the first line of the log."""
@@ -472,7 +452,7 @@ class Examples(Batches):
 
     def batch(self, run, step: int) -> list[dict]:
         """The examples of a step."""
-        return [self.encoded[i] for i in self.chosen(run, step)]
+        return [self.encoded[i] for i in self.chosen(run, step)[0]]
 
     def in_order(self, size: int):
         """Yield all examples in lists of at most `size`, the shortest first."""
@@ -483,10 +463,8 @@ class Examples(Batches):
 
 def pad(rows: list, fill: int) -> torch.Tensor:
     """Rows of different lengths side by side: (n, the longest) int64, filled up with `fill`."""
-    padded = np.full((len(rows), max(map(len, rows))), fill)
-    for i, row in enumerate(rows):
-        padded[i, : len(row)] = row
-    return torch.from_numpy(padded)
+    rows = [torch.as_tensor(row) for row in rows]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill)
 
 
 def word_overlap(written: str, truth: str) -> dict[str, float]:
@@ -514,8 +492,8 @@ VOCABULARIES = (["tokenizer.json"], ["spiece.model"], ["merges.txt", "vocab.json
 
 
 def pretrained_folder(name_or_folder) -> Path:
-    """The folder of a published model: an existing one, or in the cache what the hub ($HF_ENDPOINT,
-    $HF_TOKEN for what is private) has of a name like gpt2. Raises ValueError or OSError."""
+    """The folder of a published model: an existing one, or in the cache what the hub ($HF_ENDPOINT)
+    has of a name like gpt2. Raises ValueError or OSError."""
     name, folder = str(name_or_folder), Path(name_or_folder)
     if (folder / "config.json").exists():
         return folder
@@ -528,17 +506,12 @@ def pretrained_folder(name_or_folder) -> Path:
 
     def get(file: str) -> Path | None:
         with contextlib.suppress(FileNotFoundError):  # there is no such file
-            return download(f"{hub}/{file}", folder / file, os.environ.get("HF_TOKEN", "").strip())
-
-    def get_weights(file: str) -> bool:
-        index = None if get(file) else get(f"{file}.index.json")  # of shards
-        shards = read_object(index)["weight_map"].values() if index else [file]
-        return all([get(Path(shard).name) for shard in set(shards)])
+            return download(f"{hub}/{file}", folder / file)
 
     if not (folder / "complete").exists():  # else no network is needed
-        if not get("config.json") or not any(map(get_weights, WEIGHTS)):
-            raise OSError(f"the hub has no {name} with a config.json and {' or '.join(WEIGHTS)}: "
-                          "check the spelling; if it is private, set HF_TOKEN")
+        if not get("config.json") or not any(map(get, WEIGHTS)):
+            raise OSError(f"the hub shows no {name} with a config.json and {' or '.join(WEIGHTS)}: "
+                          "check the spelling; of a private one give a folder")
         get("tokenizer_config.json")
         any(all(map(get, files)) for files in VOCABULARIES)  # the first that it has
         (folder / "complete").touch()
@@ -734,13 +707,11 @@ def line_chart(curves: dict[str, list[tuple[float, float]]], title: str) -> str:
                    f'{last * i / 5:.0f}</text>')
     for i, (name, points) in enumerate(curves.items()):
         y, colour = 56 + 18 * i, f"hsl({210 + 150 * i}, 60%, {60 - 3 * i}%)"
-        line = " ".join(f"{step},{-loss}" for step, loss in points)  # the view box scales them
-        svg.append(f'<svg x="60" y="44" width="640" height="328" preserveAspectRatio="none" '
-                   f'overflow="visible" viewBox="0 {-high} {last} {high - low}">'
-                   f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2" '
-                   'vector-effect="non-scaling-stroke"/></svg>'
-                   f'<text x="715" y="{y}" fill="{colour}">{html.escape(name)}: '
-                   f'{points[-1][1]:.3f}</text>')
+        line = [f"{60 + 640 * step / last:.1f},{372 - 328 * (loss - low) / (high - low):.1f}"
+                for step, loss in points]
+        svg.append(f'<polyline points="{" ".join(line)}" fill="none" stroke="{colour}" '
+                   f'stroke-width="2"/><text x="715" y="{y}" fill="{colour}">'
+                   f'{html.escape(name)}: {points[-1][1]:.3f}</text>')
     return "\n".join([*svg, "</svg>\n"])
 
 
@@ -762,12 +733,10 @@ def ranks() -> tuple[int, int]:
 
 
 def add_up(tensors: list[torch.Tensor]) -> None:
-    """Replace each tensor by its sum over all ranks: all of them in one message."""
+    """Replace each tensor by its sum over all ranks; all of them are on their way at once."""
     if ranks()[1] > 1:
-        message = torch.cat([tensor.flatten() for tensor in tensors])
-        torch.distributed.all_reduce(message)
-        for tensor, part in zip(tensors, message.split([tensor.numel() for tensor in tensors])):
-            tensor.copy_(part.view_as(tensor))
+        for sent in [torch.distributed.all_reduce(tensor, async_op=True) for tensor in tensors]:
+            sent.wait()
 
 
 def any_rank(flag) -> bool:
@@ -877,13 +846,6 @@ class Run:
     to: str = "exported"  # the folder that export writes
 
 
-def unknown(kind: str, word: str, known) -> ValueError:
-    """The error for a command or flag that there is not: it tells which may have been meant."""
-    near = [f"--data {word}"] if Path(word).exists() else difflib.get_close_matches(word, known, 1)
-    meant = f"did you mean {near[0]}?" if near else "--help lists them"
-    return ValueError(f"there is no {kind} {word}; {meant}")
-
-
 def boolean(text: str) -> bool:
     """true or false, as a flag's value. Raises ValueError for others."""
     return bool(("false", "true").index(text.lower()))
@@ -893,8 +855,7 @@ def add_flags(parser, cls, names, defaults: dict) -> None:
     """A flag for each field (in `names`) of a dataclass. Its help is the comment behind it."""
     group, helps = parser.add_argument_group(cls.__name__), {}
     with contextlib.suppress(OSError):  # the source was not shipped
-        source = Path(inspect.getfile(cls)).read_text("utf-8").partition(f"class {cls.__name__}")
-        helps |= re.findall(r"(?m)^    (\w+):.*?  # (.*)$", source[2].partition("\n\n\n")[0])
+        helps |= re.findall(r"(?m)^    (\w+):.*?  # (.*)$", inspect.getsource(cls))
     for option in fields(cls):
         name, kinds = option.name, get_args(option.type) or (option.type,)  # types, or choices
         if option.metadata.get("flag", True) and name in (names or [name]):
@@ -918,7 +879,7 @@ def parse_command(module, arguments: list[str]):
     named = bool(arguments) and not arguments[0].startswith("-")
     command, *flags = arguments if named else ["train", *arguments]
     if command not in commands:
-        raise unknown("command", command, commands)
+        raise ValueError(f"there is no command {command}: {', '.join(commands)} (or --data FILE?)")
     function, classes, defaults = commands[command]
     options = {option.name: option.default for cls, _ in classes for option in fields(cls)}
     defaults = {name: value for name, value in options.items() if value is not MISSING} | defaults
@@ -934,7 +895,7 @@ def parse_command(module, arguments: list[str]):
         add_flags(parser, cls, names, defaults)
     given, others = parser.parse_known_args(flags)
     if others:
-        raise unknown("flag", others[0].partition("=")[0], parser._option_string_actions)
+        raise ValueError(f"there is no flag {others[0].partition('=')[0]}; --help lists them")
     given = vars(given)
     preset, config = given.pop("preset", None), given.pop("config", None)
     read = read_object(config) if config else {}  # names are checked here, values by the classes
@@ -1169,8 +1130,6 @@ def write_settings(folder: Path, config, task, run, new: bool) -> None:
             if (folder / name).exists():
                 os.replace(folder / name, folder / "before" / name)
         say(f"the run that {folder} held is in {folder / 'before'} now")
-    for left in folder.glob("*.tmp"):  # by a run that was killed while it wrote
-        left.unlink()
     with replacing(folder / "run.json", "w") as file:
         json.dump(asdict(config) | asdict(task) | asdict(run), file, indent=1)
     task.tokenizer.save(folder / "tokenizer.json")

@@ -467,6 +467,8 @@ class Pretraining:
     def open(self, run, config: Config, tokenizer, corpus=None) -> Config:
         """Remember what prompts depend on; to train or evaluate, take a text, see data.Corpus
         -> the architecture for it. Raises ValueError where it does not fill a window."""
+        from data import Batches
+
         self.run, self.T, self.tokenizer = run, config.block_size, tokenizer
         if corpus is None:
             return config
@@ -479,17 +481,16 @@ class Pretraining:
         self.spelled = np.array(sizes)
         # An epoch's windows are one less than fit, so that there is room for a random offset.
         self.rows = max((len(corpus.train) - 1 - self.T) // (self.stride or self.T), 1)
+        self.order = Batches(np.ones(self.rows))  # all of one length
         return config
 
     def batch(self, step: int) -> dict:
         """A step's batch: idx and targets, (rows, T) int64. It depends on (seed, step) alone. An
         epoch lays windows one after the other, from a random offset, and takes each once."""
-        from data import epoch_rows
-
-        row, shift = epoch_rows(self.rows, self.run, step)  # (rows,); shift from [0, 1)
+        row, shift = self.order.chosen(self.run, step)  # (rows,); shift from [0, 1)
         stride, tokens = self.stride or self.T, self.corpus.train
         room = len(tokens) - (self.rows - 1) * stride - self.T
-        begin = (shift * room).astype(np.int64) + row * stride
+        begin = int(shift * room) + row * stride
         window = tokens[begin[:, None] + np.arange(self.T + 1)].astype(np.int64)  # (rows, T + 1)
         return dict(idx=torch.from_numpy(window[:, :-1]), targets=torch.from_numpy(window[:, 1:]))
 

@@ -644,6 +644,8 @@ class Pretraining:
     def open(self, run, config: Config, tokenizer, corpus=None) -> Config:
         """Remember what prompts depend on; to train or evaluate, take a text, see data.Corpus
         -> the architecture for it. Raises ValueError where it does not fill a window."""
+        from data import Batches
+
         self.run, self.config, self.tokenizer = run, config, tokenizer
         self.sentinels = [tokenizer.special[name] for name in SENTINELS]
         if corpus is None:
@@ -654,10 +656,10 @@ class Pretraining:
             self.before[part] = edges - np.arange(len(edges))  # tokens of text before each </s>
             self.length[part] = len(getattr(corpus, part)) - len(edges)
             if self.length[part] < self.block_size:
-                raise ValueError(f"{corpus}: too short for windows of {self.block_size}; give more "
-                                 "text, or a smaller --block_size")
+                raise ValueError(f"{corpus}: too short; give more text or a smaller --block_size")
         # Windows of an epoch: one less than fit, so that there is room for a random offset.
         self.rows = max(self.length["train"] // self.block_size - 1, 1)
+        self.order = Batches(np.ones(self.rows))  # all of one length
         return config
 
     def counts(self, length: int) -> tuple[int, int]:
@@ -711,11 +713,9 @@ class Pretraining:
     def batch(self, step: int) -> dict:
         """A step's batch (see `make`), which depends on (seed, step) alone. An epoch lays windows
         end to end from a random offset and takes each once, in random order."""
-        from data import epoch_rows
-
-        row, shift = epoch_rows(self.rows, self.run, step)
-        room = self.length["train"] - self.rows * self.block_size + 1
-        begins = (shift * room).astype(np.int64) + row * self.block_size
+        row, shift = self.order.chosen(self.run, step)
+        begins = int(shift * (self.length["train"] - self.rows * self.block_size + 1))
+        begins = begins + row * self.block_size
         return self.make("train", begins, np.random.default_rng((self.run.seed, step)))
 
     def eval_batches(self, rows: int, most: int | None = None):
