@@ -998,7 +998,7 @@ def train(run, task, model: Model, state: dict | None = None) -> bool:
     Step n's batch and dropout are drawn from (seed, n), so a run that goes on from a checkpoint,
     state, ends as if it had never been stopped. Of several ranks (processes, by `torchrun`) each
     draws the whole batch and computes its share."""
-    from data import Log, any_rank, asked_to_stop, machine, ranks, save
+    from data import Log, asked_to_stop, machine, ranks, save
 
     _, dtype, autocast, scaler = machine(run)
     optimizer, log = Muon(model, run, dtype), Log(run, task, model, state)
@@ -1015,9 +1015,9 @@ def train(run, task, model: Model, state: dict | None = None) -> bool:
         scaler.load_state_dict(state["scaler"] or scaler.state_dict())  # ({}: it was not float16)
     else:
         checkpoint("ckpt.pt")  # a run that is killed before its first evaluation can go on, too
-    with asked_to_stop() as pressed:
+    with asked_to_stop() as stopping:
         while step < run.max_steps and not 0 < run.patience <= worse:
-            if any_rank(pressed):  # Ctrl-C: in whichever process, all stop at the same step
+            if stopping():  # Ctrl-C: in whichever process, all stop at the same step
                 checkpoint("ckpt.pt")
                 return False
             for group in optimizer.param_groups:

@@ -739,13 +739,6 @@ def add_up(tensors: list[torch.Tensor]) -> None:
             sent.wait()
 
 
-def any_rank(flag) -> bool:
-    """Whether it is true in any rank: then in all of them at the same step."""
-    total = torch.tensor(float(bool(flag)))  # () float32
-    add_up([total])
-    return bool(total)
-
-
 def choose_device(name: str) -> torch.device:
     """The device of this name; "auto": the best there is. Raises ValueError where it is missing."""
     there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
@@ -795,7 +788,7 @@ def compile_loss(task, run, device) -> None:
 
 @contextlib.contextmanager
 def asked_to_stop():
-    """Within it Ctrl-C, or SIGTERM, only makes the yielded list true; the second stops at once."""
+    """Within it Ctrl-C, or SIGTERM, in any rank makes the yielded function true, in all of them."""
     pressed = []
 
     def note(number, frame):
@@ -804,9 +797,14 @@ def asked_to_stop():
         pressed.append(number)
         os.write(2, b"\nstopping after this step; Ctrl-C once more saves nothing\n")  # (no print)
 
+    def anywhere() -> bool:
+        total = torch.tensor(float(len(pressed)))  # () float32
+        add_up([total])
+        return bool(total)
+
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield pressed
+        yield anywhere
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -932,9 +930,9 @@ def commands_of(module) -> dict[str, tuple]:
         bench=(bench_command, sizes, first),
     )
     if hasattr(module, "LADDER"):
-        flags = "out_dir data device dtype seed max_steps batch_size lr matrix_lr".split()
-        sizes = [(module.Config, ["vocab_size", "block_size"]), (Run, flags)]
-        commands["ladder"] = (module.ladder_command, sizes, module.LADDER_RUN)
+        flags = [*module.LADDER_RUN, "device", "dtype", "seed"]
+        both = [(module.Config, flags), (Run, flags)]
+        commands["ladder"] = (module.ladder_command, both, module.LADDER_RUN)
     return commands
 
 
