@@ -5,8 +5,8 @@
     run_command(gpt, ["--n_layer", "6"])                     # what `python gpt.py --n_layer 6` does
 
 Nothing here is needed to understand the models; it makes them a tool. In order: 1 files and
-downloads, 2 text to tokens, 3 tables of examples, 4 weight files, 5 log, chart and checkpoints,
-6 the machine, 7 flags, 8 the commands.
+downloads, 2 text to tokens, 3 what a task learns from, 4 weight files, 5 what a run writes, 6 the
+machine, 7 flags, 8 the commands.
 """
 
 import argparse
@@ -129,8 +129,7 @@ NAMED = {  # name -> where its training part is, and its validation part if it b
     "imdb": ["https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz"] * 2,
 }
 REVIEW = r"aclImdb/{}/(pos|neg|unsup)/\d+_\d+\.txt"  # in its archive, in folders train and test
-PARTS, TABLES = ("train", "validation"), (".csv", ".jsonl")
-READABLE = (".txt", ".gz", ".jsonl")
+PARTS, READABLE, TABLES = ("train", "validation"), (".txt", ".gz", ".jsonl"), (".csv", ".jsonl")
 DOCUMENT_END = re.compile(rf"{re.escape(SEPARATOR)}(?:\r?\n)?")
 BETWEEN_DOCUMENTS = re.compile(rf"(?:\r?\n)?{DOCUMENT_END.pattern}")
 load_tokenizer = functools.lru_cache(1)(Tokenizer.load)  # each process loads it once
@@ -291,8 +290,7 @@ def prepare(source: str, vocab_size: int, special_tokens, separator: str, tokeni
         make_corpus(source, folder, vocab_size, special_tokens, separator, tokenizer)
     if local == 0 and ranks()[1] > 1:
         torch.distributed.barrier()
-    # A file's name ends in its dtype. (asarray: a plain array on the same map is faster.)
-    train, validation = (np.asarray(np.memmap(path, path.suffix[1:], "r"))
+    train, validation = (np.asarray(np.memmap(path, path.suffix[1:], "r"))  # (asarray: faster)
                          for path in sorted(folder.glob("*.uint*")))
     tokenizer = tokenizer or Tokenizer.load(folder / "tokenizer.json")
     return Corpus(tokenizer, train, validation, tokenizer.special[separator])
@@ -344,8 +342,7 @@ class Batches:
     lengths: np.ndarray  # (n,)
 
     def chosen(self, run, step: int) -> tuple[np.ndarray, float]:
-        """The rows of a step, batch_size * grad_accum of them or all n, (rows,) int64; and a random
-        number from [0, 1) of its epoch."""
+        """The rows of a step, (rows,) int64, and a random number from [0, 1) of its epoch."""
         size = min(run.batch_size * run.grad_accum, len(self.lengths))
         epoch, number = divmod(step, math.ceil(len(self.lengths) / size))  # number: of the batch
         batches, shift = self.epoch(size, run.seed, epoch)
@@ -366,13 +363,15 @@ def spread(n: int, size: int, most: int | None = None):
     yield from (chosen[i : i + size] for i in range(0, len(chosen), size))
 
 
-# 3. Tables of examples to fine-tune on ------------------------------------------------------------
+# 3. What a task learns from: a text, or tables of examples ----------------------------------------
 
 
-def task_rows(task, source: str, new: bool = False) -> list[list[dict]]:
-    """The rows to learn from and those held out: of a .csv or .jsonl file (or its URL), a folder of
-    two, or `imdb`; of "" the stories of input.txt. Of one file always the same random tenth is held
-    out. new: no model has learned from any, so all are. Raises ValueError or OSError."""
+def open_source(module, task, source: str, vocab_size: int, tokenizer, new: bool = False):
+    """What a task learns from: a Corpus; to fine-tune, rows to learn from and those held out, of a
+    table (.csv, .jsonl, or its URL), a folder of two, `imdb`, or "": the stories of input.txt. A
+    random tenth of one table is held out, always the same; new: all is. ValueError or OSError."""
+    if type(task) is module.Pretraining:
+        return prepare(source, vocab_size, module.SPECIAL_TOKENS, module.SEPARATOR, tokenizer)
     if source in task.demonstrations:  # held out are those that no model has seen in pretraining
         story = re.compile(r"Title: (?P<title>.+)\nTopic: (?P<topic>.+)\n\n(?P<text>(?s:.+))")
         found = [(part, it) for part, piece in parts("input.txt") for it in
@@ -381,10 +380,9 @@ def task_rows(task, source: str, new: bool = False) -> list[list[dict]]:
                  for row in task.from_story(it.groupdict(), source)] for part in PARTS]
     path = find_source(source)[0]
     if source == "imdb" and "label" in task.columns:
-        members = REVIEW.replace("|unsup", "")
-        named = [archive_texts(path, members.format(folder)) for folder in ("train", "test")]
-        return [[dict(text=text, label=name.split("/")[2], place=name) for name, text in part]
-                for part in named]
+        rated = [REVIEW.replace("|unsup", "").format(folder) for folder in ("train", "test")]
+        return [[dict(text=text, label=name.split("/")[2], place=name)
+                 for name, text in archive_texts(path, members)] for members in rated]
     if path.is_dir():
         tables = {x.stem.lower(): x for x in path.iterdir() if x.suffix.lower() in TABLES}
         held_out = next(filter(tables.get, ("valid", "validation", "test")), "validation")
@@ -393,8 +391,6 @@ def task_rows(task, source: str, new: bool = False) -> list[list[dict]]:
     rows = read_table(path, task)
     if new:
         return [rows, rows]
-    if len(rows) < 2:
-        raise ValueError(f"{path} has 1 row: it takes two, one to learn from and one to hold out")
     order = np.random.default_rng(0).permutation(len(rows))  # the same every time
     held_out, rest = np.split(order, [math.ceil(len(rows) / 10)])  # a tenth, rounded up
     return [[rows[i] for i in sorted(part)] for part in (rest, held_out)]
@@ -430,9 +426,8 @@ def read_table(path: Path, task) -> list[dict]:
             value = json.dumps(value)
         if not isinstance(value, str) or not value.strip() or re.search("[\ud800-\udfff]", value):
             raise ValueError(f"{row['place']}: the column {name!r} is empty, or no UTF-8 text")
-        row[name] = value.strip()
-        if name == "label":  # 1.0 is 1
-            row[name] = re.sub(r"^(-?\d+)\.0+$", r"\1", row[name])
+        value = value.strip()
+        row[name] = re.sub(r"^(-?\d+)\.0+$", r"\1", value) if name == "label" else value  # 1.0: 1
     return [{name: row[name] for name in (*used, "place")} for row in rows]
 
 
@@ -441,7 +436,7 @@ class Examples(Batches):
 
     def __init__(self, rows: list[dict], encode):
         if not rows:
-            raise ValueError("no examples are left to learn from, or to hold out")
+            raise ValueError("no examples to learn from, or to hold out: it takes one for each")
         self.rows, self.encoded = rows, [encode(row) for row in rows]
         super().__init__(np.array([example["length"] for example in self.encoded]))
 
@@ -487,7 +482,6 @@ def word_overlap(written: str, truth: str) -> dict[str, float]:
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
-WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 VOCABULARIES = (["tokenizer.json"], ["spiece.model"], ["merges.txt", "vocab.json"], ["vocab.txt"])
 
 
@@ -509,9 +503,8 @@ def pretrained_folder(name_or_folder) -> Path:
             return download(f"{hub}/{file}", folder / file)
 
     if not (folder / "complete").exists():  # else no network is needed
-        if not get("config.json") or not any(map(get, WEIGHTS)):
-            raise OSError(f"the hub shows no {name} with a config.json and {' or '.join(WEIGHTS)}: "
-                          "check the spelling; of a private one give a folder")
+        if not get("config.json") or not (get("model.safetensors") or get("pytorch_model.bin")):
+            raise OSError(f"the hub shows no model {name}: check the name; or give its folder")
         get("tokenizer_config.json")
         any(all(map(get, files)) for files in VOCABULARIES)  # the first that it has
         (folder / "complete").touch()
@@ -749,9 +742,8 @@ def choose_device(name: str) -> torch.device:
 
 
 def machine(run):
-    """(device, dtype, autocast, scaler) as --device and --dtype say: within `autocast` products are
-    computed in dtype, the scaler is for float16. "auto" asks what the device can do, not how fast
-    it is right now: the same machine always gives the same numbers."""
+    """(device, dtype, autocast to it, scaler for float16), see --device and --dtype. "auto" asks
+    what a device can do, not how fast it is right now: a machine always gives the same numbers."""
     device = choose_device(run.device)
     name = device.type
     if ranks()[1] > 1 and not torch.distributed.is_initialized():
@@ -776,12 +768,11 @@ def machine(run):
 
 
 def compile_loss(task, run, device) -> None:
-    """Compile a task's forward pass and loss, as training calls it, if --compile says so; without
-    the flag on CUDA, where there is a compiler. (What cannot be compiled then runs as it is.)"""
+    """Compile a task's loss in training: by --compile, or on CUDA, where there is a compiler."""
     there = importlib.util.find_spec("triton") and (shutil.which("cc") or shutil.which("gcc"))
     if run.compile or run.compile is None and device.type == "cuda" and there:
         say("compiling: the first steps take a minute; --compile false begins at once")
-        torch._dynamo.config.suppress_errors = run.compile is None
+        torch._dynamo.config.suppress_errors = run.compile is None  # what fails runs as it is
         plain, fast = task.loss, torch.compile(task.loss)
         task.loss = lambda model, batch: (fast if model.training else plain)(model, batch)
 
@@ -792,8 +783,7 @@ def asked_to_stop():
     pressed = []
 
     def note(number, frame):
-        if pressed:
-            raise KeyboardInterrupt
+        signal.signal(number, signal.default_int_handler)  # the second stops at once
         pressed.append(number)
         os.write(2, b"\nstopping after this step; Ctrl-C once more saves nothing\n")  # (no print)
 
@@ -894,12 +884,11 @@ def parse_command(module, arguments: list[str]):
     given, others = parser.parse_known_args(flags)
     if others:
         raise ValueError(f"there is no flag {others[0].partition('=')[0]}; --help lists them")
-    given = vars(given)
-    preset, config = given.pop("preset", None), given.pop("config", None)
+    preset, config = (vars(given).pop(name, None) for name in ("preset", "config"))
     read = read_object(config) if config else {}  # names are checked here, values by the classes
     if odd := read.keys() - options.keys():
         raise ValueError(f"{config}: there is no setting {min(odd)}")
-    given, sizes = read | given, presets.get(preset, {})
+    given, sizes = read | vars(given), presets.get(preset, {})
     rates = module.ADAMW if given.get("optimizer") == "adamw" else {}
     return function, defaults | sizes | rates | given, sizes | given  # the later wins
 
@@ -927,8 +916,7 @@ def commands_of(module) -> dict[str, tuple]:
         generate=(generate_command, [(module.GenerateConfig, None), (Run, WHICH)], which),
         eval=(eval_command, [(Run, [*WHICH, "data", "batch_size"])], which),
         export=(export_command, [(Run, [*WHICH, "to"])], which),
-        bench=(bench_command, sizes, first),
-    )
+        bench=(bench_command, sizes, first))
     if hasattr(module, "LADDER"):
         flags = [*module.LADDER_RUN, "device", "dtype", "seed"]
         both = [(module.Config, flags), (Run, flags)]
@@ -955,7 +943,6 @@ def run_command(module, arguments: list[str]) -> int:
         sys.stdout.flush()  # may fail, too
         return status
     except KeyboardInterrupt:
-        say("", "interrupted")
         return 130
     except BrokenPipeError:  # nobody reads on: `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -1009,8 +996,7 @@ def load_published(module, folder: Path) -> tuple:
     load_weights(weights, targets, missing)
     task = {"kind": "Pretraining"} | found.get("task", {})
     if labels := getattr(model.config, "n_labels", 0):  # a BERT, fine-tuned here or elsewhere
-        names = found.get("id2label", {})
-        names = [names.get(str(i), f"LABEL_{i}") for i in range(labels)]
+        names = [found.get("id2label", {}).get(str(i), f"LABEL_{i}") for i in range(labels)]
         task = dict(pairs=None) | task | dict(kind="Finetuning", labels=names)
     readable = any((folder / files[0]).exists() for files in VOCABULARIES)
     tokenizer = Tokenizer.from_pretrained(folder) if readable else None
@@ -1055,7 +1041,7 @@ def train_command(module, settings: dict, given: dict) -> int:
     task, run, config = (build(cls, settings) for cls in (kind, Run, module.Config))
     module.check(run, freeze=(0, config.n_layer))
     device, *_ = machine(run)
-    source = open_source(module, task, run, config, state and state["tokenizer"])
+    source = open_source(module, task, run.data, config.vocab_size, state and state["tokenizer"])
     tokenizer = state["tokenizer"] if state else source.tokenizer
     if not state:
         config = replace(config, vocab_size=tokenizer.vocab_size)
@@ -1074,7 +1060,9 @@ def train_command(module, settings: dict, given: dict) -> int:
         old = {name: x for name, x in model.state_dict().items()
                if name in new and x.shape == new[name].shape}
         learner.load_state_dict(new | old)
-    freeze(learner, run.freeze)
+    low = "|".join(["embedding", *(rf"blocks\.{i}\." for i in range(run.freeze))])
+    for name, p in learner.named_parameters():
+        p.requires_grad_(not (run.freeze and re.search(low, name)))
     never_write(module, learner, task.tokenizer)
     if ranks()[0] == 0:
         write_settings(folder, config, task, run, new=not resuming)
@@ -1100,28 +1088,11 @@ def take_over(module, kind, model, state: dict, settings: dict, given: dict) -> 
     for name in given.keys() & fixed.keys() - {"dropout"}:  # dropout is no weight
         if given[name] != fixed[name]:
             raise ValueError(f"leave out --{name} {given[name]}: the checkpoint has {fixed[name]}")
-    own = {name: settings[name] for name in ("init_from", "out_dir")}
-    return settings | fixed | run | given | own
-
-
-def open_source(module, task, run, config, tokenizer, new: bool = False):
-    """What a task learns from: a Corpus, or rows of examples, see `task_rows`."""
-    if type(task) is module.Finetuning:
-        return task_rows(task, run.data, new)
-    return prepare(run.data, config.vocab_size, module.SPECIAL_TOKENS, module.SEPARATOR, tokenizer)
-
-
-def freeze(model, n: int) -> None:
-    """With --freeze n the embeddings and the lowest n blocks (of each stack) stay as they are."""
-    for name, p in model.named_parameters():
-        block = re.search(r"blocks\.(\d+)\.", name)
-        if n and ("embedding" in name or block and int(block[1]) < n):
-            p.requires_grad_(False)
+    return settings | fixed | run | given | {"out_dir": settings["out_dir"]}
 
 
 def write_settings(folder: Path, config, task, run, new: bool) -> None:
-    """Write run.json and tokenizer.json; of a new run, after moving the files of an earlier one, if
-    it was evaluated, to FOLDER/before: one that was started by mistake costs nothing."""
+    """Write run.json and tokenizer.json. An earlier run that was evaluated moves to `before`."""
     if new and (folder / "best.pt").exists():
         (folder / "before").mkdir(exist_ok=True)
         for name in "ckpt.pt", "best.pt", "tokenizer.json", "run.json", "log.jsonl", "loss.svg":
@@ -1160,7 +1131,7 @@ def eval_command(module, settings: dict, given: dict) -> int:
     learned = state["run"].get("data", "" if tuned else "input.txt")
     run.data = run.data or learned
     new = Path(run.data).resolve() != Path(learned).resolve()
-    source = open_source(module, task, run, model.config, state["tokenizer"], new)
+    source = open_source(module, task, run.data, 0, state["tokenizer"], new)
     task.open(run, model.config, state["tokenizer"], source)
     say(f"{run.data or 'the stories of input.txt'}, {task.description}")
     found = module.evaluate(model, task, run.batch_size, machine(run)[2])
