@@ -71,7 +71,7 @@ def replacing(path, mode: str = "wb"):
     """Open a file that takes the place of `path` only once it is whole, on the disk. OSError."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(path.name + ".tmp")  # if we are killed, the next write replaces it
     try:
         with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
@@ -89,11 +89,11 @@ def download(url: str, path) -> Path:
     try goes on. Raises OSError (FileNotFoundError: refused)."""
     import requests  # takes a fifth of a second, so only where it is needed
     path, failures = Path(path), 0
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(path.name + ".part")  # what has arrived so far
     path.parent.mkdir(parents=True, exist_ok=True)
     while not path.exists():
         have, status = part.stat().st_size if part.exists() else 0, "unknown"
-        headers = {"Accept-Encoding": "identity", "Range": f"bytes={have}-"}
+        headers = {"Accept-Encoding": "identity", "Range": f"bytes={have}-"}  # not compressed
         with contextlib.suppress(requests.RequestException):
             with requests.get(url, headers=headers, stream=True, timeout=30) as answer:
                 status, left = answer.status_code, int(answer.headers.get("Content-Length", 0))
@@ -101,7 +101,7 @@ def download(url: str, path) -> Path:
                     part.unlink(missing_ok=True)
                 elif 400 <= status < 500 and status != 429:  # 429: too many requests
                     raise FileNotFoundError(f"{url} answered {status}: check the address")
-                answer.raise_for_status()
+                answer.raise_for_status()  # of the server: tried again
                 with open(part, "ab" if status == 206 else "wb") as file:
                     for block in answer.iter_content(1 << 14):
                         left -= file.write(block)
@@ -112,7 +112,7 @@ def download(url: str, path) -> Path:
         failures = 0 if part.exists() and part.stat().st_size > have else failures + 1
         if failures == 5:
             raise OSError(f"cannot download {url}: nothing comes, 5 times (status {status})")
-        time.sleep(failures)
+        time.sleep(failures)  # seconds
     return path
 
 
@@ -121,7 +121,7 @@ def download(url: str, path) -> Path:
 # encoded, by all cores; no more than a few pieces are in memory. The result stays in the cache.
 
 HUB = "https://huggingface.co"
-STORIES = f"{HUB}/datasets/roneneldan/TinyStories/resolve/main/TinyStories"
+STORIES = f"{HUB}/datasets/roneneldan/TinyStories/resolve/main/TinyStories"  # 2 GB (Eldan, Li 2023)
 CHARACTERS = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data"
 NAMED = {  # name -> where its training part is, and its validation part if it brings one
     "shakespeare": [f"{CHARACTERS}/tinyshakespeare/input.txt"],
@@ -152,7 +152,7 @@ def read_documents(path: Path, members: str):
     """Yield the text of a file in blocks, with SEPARATOR between documents: the "text" of the lines
     of a .jsonl, the `members` (a pattern) of a .tar.gz. Raises ValueError with file and line."""
     name, place = path.name.lower(), path
-    unpack = gzip.open if name.endswith(".gz") else open
+    unpack = gzip.open if name.endswith(".gz") else open  # as a stream
     try:
         if name.endswith(".tar.gz"):
             yield from (text + SEPARATOR for _, text in archive_texts(path, members))
@@ -162,7 +162,7 @@ def read_documents(path: Path, members: str):
                 place = f"{path}, line {number}"
                 yield json.loads(line)["text"] + SEPARATOR if line.strip() else ""
             for block in iter(lambda: file.read(PIECE), ""):
-                if "\0" in block:
+                if "\0" in block:  # no text has it
                     raise ValueError("it is binary, or UTF-16")
                 yield block
     except Exception as error:  # a damaged file can fail in any way
@@ -199,7 +199,7 @@ def pieces(path: Path, members: str = r"(?i)(?!(.*/)?(\.[^/]|__MACOSX)).*\.txt")
             if len(rest) > PIECE:
                 cut = rest.rfind(SEPARATOR, 0, -2)  # a line break that may follow belongs to it
                 found = DOCUMENT_END.match(rest, cut) if cut >= 0 else word.match(rest, PIECE // 2)
-                cut = found.end() if found else len(rest)
+                cut = found.end() if found else len(rest)  # (a word of half a million characters)
                 yield rest[:cut]
                 rest = rest[cut:]
     yield rest
@@ -245,7 +245,7 @@ def parallel(function, jobs):
     """Yield (part, function(piece)) of all jobs (part, piece) in order, computed by all cores."""
     # Forked, a process has bpe.py already, and does not run the user's script again.
     how = multiprocessing.get_context("fork" if hasattr(os, "fork") else None)
-    ignore = signal.SIGINT, signal.SIG_IGN
+    ignore = signal.SIGINT, signal.SIG_IGN  # Ctrl-C is for the process that waits for them
     with ProcessPoolExecutor(None, how, signal.signal, ignore) as pool:
         while some := [*itertools.islice(jobs, 4 * os.cpu_count())]:  # no more are in memory
             names, texts = zip(*some)
@@ -316,7 +316,7 @@ def make_corpus(source, folder: Path, vocab_size, special_tokens, separator, tok
             last[part] = ids[-1:] if len(ids) else last[part]
             with open(f"{making}/{part}.{dtype}", "ab") as file:
                 file.write(ids.astype(dtype).tobytes())
-        os.replace(making, folder)
+        os.replace(making, folder)  # only a whole corpus has this name
 
 
 def sliding_windows(tokens, block_size: int, stride: int, pad_id: int):
@@ -352,7 +352,7 @@ class Batches:
     def epoch(self, size: int, seed: int, epoch: int) -> tuple[np.ndarray, float]:
         """All rows in random batches, (batches, size), and a random number."""
         generator, n = np.random.default_rng((seed, epoch)), len(self.lengths)
-        order = np.argsort(self.lengths * generator.uniform(0.9, 1.1, n))
+        order = np.argsort(self.lengths * generator.uniform(0.9, 1.1, n))  # about by length
         order = np.append(order, generator.permutation(n)[: -n % size])  # the last one is filled up
         return generator.permutation(order.reshape(-1, size)), generator.random()
 
@@ -419,7 +419,7 @@ def read_table(path: Path, task) -> list[dict]:
     there = [*dict.fromkeys(name for row in rows for name in row if name != "place")]
     if not {*task.columns} <= {*there}:
         raise ValueError(f"{path} has no rows with {', '.join(task.columns)}, but with {there}")
-    used = [name for name in (*task.columns, *task.optional) if name in there]
+    used = [name for name in (*task.columns, *task.optional) if name in there]  # others are ignored
     for row, name in itertools.product(rows, used):
         value = row.get(name)
         if isinstance(value, (int, float)) and value == value:  # NaN, which is not, says nothing
@@ -466,7 +466,7 @@ def word_overlap(written: str, truth: str) -> dict[str, float]:
     """How far the words are the same, as F1 = 2 common / (written + true). token_f1: in any order,
     without articles (Rajpurkar et al. 2016, 6.1); rouge_l: in order, the longest series of words
     that both have, gaps allowed (Lin 2004, 3.1). Case and punctuation do not count."""
-    ours, theirs = (re.findall(r"\w+", text.lower()) for text in (written, truth))
+    ours, theirs = (re.findall(r"\w+", text.lower()) for text in (written, truth))  # lists of words
     longest = [0] * (len(theirs) + 1)  # common to what was read of `ours`, and theirs[:j]
     for word in ours:
         before, longest = longest, [0]
@@ -489,7 +489,7 @@ def pretrained_folder(name_or_folder) -> Path:
     """The folder of a published model: an existing one, or in the cache what the hub ($HF_ENDPOINT)
     has of a name like gpt2. Raises ValueError or OSError."""
     name, folder = str(name_or_folder), Path(name_or_folder)
-    if (folder / "config.json").exists():
+    if (folder / "config.json").exists():  # a folder of somebody's
         return folder
     ours = folder.is_dir() or folder.suffix == ".pt" or folder.parts[0] in ("out", "scratch")
     near = folder.parent != Path() and folder.parent.is_dir()  # then it is not the hub's
@@ -505,7 +505,7 @@ def pretrained_folder(name_or_folder) -> Path:
     if not (folder / "complete").exists():  # else no network is needed
         if not get("config.json") or not (get("model.safetensors") or get("pytorch_model.bin")):
             raise OSError(f"the hub shows no model {name}: check the name; or give its folder")
-        get("tokenizer_config.json")
+        get("tokenizer_config.json")  # if there is one
         any(all(map(get, files)) for files in VOCABULARIES)  # the first that it has
         (folder / "complete").touch()
     return folder
@@ -523,7 +523,7 @@ def stored_weights(folder: Path) -> dict[str, torch.Tensor]:
     """The tensors in a folder's weight files; nothing in them is run. A .safetensors is 8 bytes
     (the header's length), a header in JSON with each tensor's dtype, shape and where its bytes are,
     then those bytes, which stay on the disk until used. Raises ValueError with the file's name."""
-    tensors = {}
+    tensors = {}  # published name -> tensor
     for path in [*folder.glob("model*.safetensors")] or folder.glob("pytorch_model*.bin"):
         try:
             if path.suffix == ".bin":
@@ -553,7 +553,7 @@ def load_weights(tensors: dict, targets: dict, missing: str = "$^") -> None:
         have, need = tensor.shape, targets[name].shape if name in targets else "unknown here"
         if have != need or not tensor.is_floating_point():
             raise ValueError(f"{name!r} is {tensor.dtype} {[*have]}, not {need}")
-        targets[name].data.copy_(tensor)
+        targets[name].data.copy_(tensor)  # in our dtype
     for name, tensor in tensors.items():
         if not torch.equal(targets[name], tensor.to(targets[name].dtype)):
             raise ValueError(f"{name!r} has NaN, or is not what this model ties to it")
@@ -582,7 +582,7 @@ def save_published(module, folder, model, task) -> None:
     own = {(x.data_ptr(), x.shape): name for name, x in reversed(weights.items())}  # the first
     tensors = {name: weights[name].detach().cpu().contiguous() for name in own.values()}
     dtypes, end = {dtype: name for name, dtype in DTYPES.items()}, 0  # end: of the bytes so far
-    header = {"__metadata__": {"format": "pt"}}
+    header = {"__metadata__": {"format": "pt"}}  # (transformers asks for it)
     for name, x in tensors.items():
         begin, end = end, end + x.nbytes
         header[name] = dict(dtype=dtypes[x.dtype], shape=[*x.shape], data_offsets=[begin, end])
@@ -599,7 +599,7 @@ def save_published(module, folder, model, task) -> None:
 def save_tokenizer(tokenizer, folder, template: list[str], **config) -> None:
     """Write the files of AutoTokenizer, in a folder. template: what stands around texts A and B, as
     ["[CLS]", "A", "[SEP]", "B", "[SEP]"], if the tokenizer's own file does not say."""
-    content = tokenizer.to_json()
+    content = tokenizer.to_json()  # what goes into tokenizer.json
     if not content["post_processor"]:
         for token in content["added_tokens"]:  # as in our prompts, a gap takes the space before it
             token["lstrip"] = bool(re.fullmatch(r"\[MASK\]|<extra_id_\d+>", token["content"]))
@@ -688,7 +688,7 @@ class Log:
 def line_chart(curves: dict[str, list[tuple[float, float]]], title: str) -> str:
     """An SVG of the curves, name -> [(step, loss), ...], with a legend of their last values."""
     xs, ys = zip(*itertools.chain.from_iterable(curves.values()))
-    low, high, last = min(ys), max(max(ys), min(ys) + 1e-6), max(xs)
+    low, high, last = min(ys), max(max(ys), min(ys) + 1e-6), max(xs)  # (a flat line has a height)
     svg = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 930 420" font-size="12" '
            'font-family="sans-serif"><rect width="930" height="420" fill="#fff"/>'
            f'<text x="60" y="24" font-size="15">{html.escape(title)}</text>'
@@ -841,7 +841,7 @@ def boolean(text: str) -> bool:
 
 def add_flags(parser, cls, names, defaults: dict) -> None:
     """A flag for each field (in `names`) of a dataclass. Its help is the comment behind it."""
-    group, helps = parser.add_argument_group(cls.__name__), {}
+    group, helps = parser.add_argument_group(cls.__name__), {}  # helps: field -> its comment
     with contextlib.suppress(OSError):  # the source was not shipped
         helps |= re.findall(r"(?m)^    (\w+):.*?  # (.*)$", inspect.getsource(cls))
     for option in fields(cls):
@@ -889,7 +889,7 @@ def parse_command(module, arguments: list[str]):
     if odd := read.keys() - options.keys():
         raise ValueError(f"{config}: there is no setting {min(odd)}")
     given, sizes = read | vars(given), presets.get(preset, {})
-    rates = module.ADAMW if given.get("optimizer") == "adamw" else {}
+    rates = module.ADAMW if given.get("optimizer") == "adamw" else {}  # AdamW alone wants others
     return function, defaults | sizes | rates | given, sizes | given  # the later wins
 
 
@@ -906,7 +906,7 @@ def commands_of(module) -> dict[str, tuple]:
     first, own = next(iter(module.PRESETS.values())), f"out/{module.NAME}"
     sizes = [(module.Config, None), (module.Pretraining, None), (Run, TRAIN)]
     learns = [(module.Finetuning, None), (Run, TRAIN), (module.Config, ["dropout"])]
-    which = dict(out_dir=own, init_from="", data="")
+    which = dict(out_dir=own, init_from="", data="")  # "": as the run has it
     tuned = dict(kind=module.Finetuning, out_dir=f"{own}-finetuned", init_from=own, data="",
                  log_interval=20, eval_interval=0, patience=3, dropout=None,
                  **module.FINETUNING["laptop"])
@@ -938,7 +938,7 @@ def run_command(module, arguments: list[str]) -> int:
         stream.reconfigure(errors="replace")  # where the terminal has no such character
     try:
         function, settings, given = parse_command(module, arguments)
-        module.check(build(Run, settings), **LEAST)
+        module.check(build(Run, settings), **LEAST)  # (other classes check their fields)
         status = function(module, settings, given)
         sys.stdout.flush()  # may fail, too
         return status
@@ -962,11 +962,11 @@ def run_command(module, arguments: list[str]) -> int:
 def open_model(module, name, ready: bool = False) -> tuple:
     """(model, state) of a run's folder (its best), a checkpoint, or a published model, whose
     tokenizer may be None unless it has to be `ready`. Raises ValueError. Nothing in it is run."""
-    runs = [Path(name) / file for file in ("best.pt", "ckpt.pt")]
+    runs = [Path(name) / file for file in ("best.pt", "ckpt.pt")]  # of a folder, in this order
     path = next((run for run in runs if run.exists()), Path(name))
     try:
         if path.is_file():
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True)  # runs no code
             state["task"] = build(getattr(module, state["kind"]), state["task"])
             state["tokenizer"] = Tokenizer.load(path.with_name("tokenizer.json"))
             model = module.Model(module.Config(**state["config"]))
@@ -1011,7 +1011,7 @@ def never_write(module, model, tokenizer) -> None:
     size, special = model.config.vocab_size, module.SPECIAL_TOKENS
     if not tokenizer or tokenizer.vocab_size > size or {*special} - tokenizer.special.keys():
         raise ValueError(f"it has no tokenizer of at most {size} tokens, {special} among them")
-    known = {*tokenizer.spelling, *tokenizer.special.values()}
+    known = {*tokenizer.spelling, *tokenizer.special.values()}  # ids that spell something
     known -= {tokenizer.special.get(token) for token in module.NEVER}  # [MASK] and the like
     model.never = torch.tensor([i for i in range(size) if i not in known], dtype=torch.long)
 
@@ -1037,14 +1037,14 @@ def train_command(module, settings: dict, given: dict) -> int:
         model, state = open_model(module, folder / "ckpt.pt" if resuming else origin, ready=True)
         settings = take_over(module, kind, model, state, settings, given)
     if "max_steps" in given and "epochs" not in given:
-        settings["epochs"] = 0.0
+        settings["epochs"] = 0.0  # steps were asked for, not passes
     task, run, config = (build(cls, settings) for cls in (kind, Run, module.Config))
     module.check(run, freeze=(0, config.n_layer))
     device, *_ = machine(run)
     source = open_source(module, task, run.data, config.vocab_size, state and state["tokenizer"])
     tokenizer = state["tokenizer"] if state else source.tokenizer
     if not state:
-        config = replace(config, vocab_size=tokenizer.vocab_size)
+        config = replace(config, vocab_size=tokenizer.vocab_size)  # a short text has fewer
     config = task.open(run, config, tokenizer, source)
     if resuming and (state["about"], state["task"]) != (task.description, task):
         say("the data, or what is asked about it, is not as before: a new best begins")
@@ -1053,13 +1053,13 @@ def train_command(module, settings: dict, given: dict) -> int:
     run.max_steps = max(math.ceil(run.epochs * epoch), 1) if run.epochs else run.max_steps
     run.eval_interval, run.epochs = run.eval_interval or epoch, 0.0
     run.warmup_steps = min(run.warmup_steps, run.max_steps // 5)  # of few steps not all are warm-up
-    torch.manual_seed(run.seed)
+    torch.manual_seed(run.seed)  # of the first weights
     learner = module.Model(config)
-    if state and (resuming or not run.scratch):
+    if state and (resuming or not run.scratch):  # go on from these weights
         new = learner.state_dict()  # a head for labels is not in the model
         old = {name: x for name, x in model.state_dict().items()
                if name in new and x.shape == new[name].shape}
-        learner.load_state_dict(new | old)
+        learner.load_state_dict(new | old)  # (what is new stays as drawn)
     low = "|".join(["embedding", *(rf"blocks\.{i}\." for i in range(run.freeze))])
     for name, p in learner.named_parameters():
         p.requires_grad_(not (run.freeze and re.search(low, name)))
@@ -1106,7 +1106,7 @@ def write_settings(folder: Path, config, task, run, new: bool) -> None:
 
 def generate_command(module, settings: dict, given: dict) -> int:
     """Let a model write; a fine-tuned one answers --prompt, or else each line that is typed."""
-    options = build(module.GenerateConfig, settings)
+    options = build(module.GenerateConfig, settings)  # what the model is to do
     model, task, _, run = load(module, settings)
     device, dtype, autocast, _ = machine(run)
     one = device.type == "cpu" and getattr(options, "num_samples", 1) == 1
@@ -1128,13 +1128,13 @@ def eval_command(module, settings: dict, given: dict) -> int:
     """Print the validation loss and the measures of a model as a line of JSON."""
     model, task, state, run = load(module, settings)
     tuned = type(task) is module.Finetuning
-    learned = state["run"].get("data", "" if tuned else "input.txt")
+    learned = state["run"].get("data", "" if tuned else "input.txt")  # what it has learned from
     run.data = run.data or learned
     new = Path(run.data).resolve() != Path(learned).resolve()
     source = open_source(module, task, run.data, 0, state["tokenizer"], new)
     task.open(run, model.config, state["tokenizer"], source)
     say(f"{run.data or 'the stories of input.txt'}, {task.description}")
-    found = module.evaluate(model, task, run.batch_size, machine(run)[2])
+    found = module.evaluate(model, task, run.batch_size, machine(run)[2])  # all of the part
     if not tuned:
         found["perplexity"] = math.exp(min(found.get("mlm_loss", found["val_loss"]), 700))
     print(json.dumps(dict(step=state["step"]) | found))
@@ -1167,7 +1167,7 @@ def bench_command(module, settings: dict, given: dict) -> int:
     special = module.SPECIAL_TOKENS
     tokens = np.random.default_rng(0).integers(len(special), config.vocab_size, 1 << 20)
     tokens[[0, -1]] = 0  # the separators around it
-    tokenizer = Tokenizer.from_counts({}, 256 + len(special), special)
+    tokenizer = Tokenizer.from_counts({}, 256 + len(special), special)  # of bytes alone
     task.open(run, config, tokenizer, Corpus(tokenizer, tokens, tokens, separator=0))
     model = module.Model(config).to(device)
     optimizer, loss, batch = module.Muon(model, run, dtype), task.loss, task.batch(0)
