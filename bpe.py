@@ -388,11 +388,14 @@ AS_GPT2 = dict(pre_tokenizer=BYTE_LEVEL, decoder=BYTE_LEVEL)
 
 def read_content(path: Path, data: bytes) -> dict:
     """What a `tokenizer.json` holds; what older files hold, as a `tokenizer.json` would have it."""
-    if path.name not in ("merges.txt", "vocab.txt"):
-        return json.loads(data)
-    lines = data.decode().replace("\r\n", "\n").removesuffix("\n").split("\n")
     config = path.with_name("tokenizer_config.json")
     config = json.loads(config.read_bytes()) if config.exists() else {}
+    if path.name not in ("merges.txt", "vocab.txt"):
+        content = json.loads(data)
+        if str(config.get("tokenizer_class", "Bert"))[:4] == "Bert" and "do_lower_case" in config:
+            content["normalizer"]["lowercase"] = config["do_lower_case"]  # it has the last word
+        return content
+    lines = data.decode().replace("\r\n", "\n").removesuffix("\n").split("\n")
     if config.get("add_prefix_space") or path.with_name("added_tokens.json").exists():
         raise ValueError("beside it, add_prefix_space is set, or there is added_tokens.json")
     if path.name == "merges.txt":  # GPT-2's: "a b" a line; the ids are in vocab.json beside it
