@@ -1029,7 +1029,7 @@ def load(module, settings: dict) -> tuple:
 
 def train_command(module, settings: dict, given: dict) -> int:
     """Train, from scratch, from a model's weights, or where a run was stopped; `finetune`: by
-    examples. (Its defaults are for small models; those 512 wide and more get smaller rates.)"""
+    examples. (Defaults are for small models; one 512 wide or more goes on with smaller rates.)"""
     folder, origin, state = Path(settings["out_dir"]), settings["init_from"], None
     kind, resuming = settings["kind"], origin == "resume"  # kind: of task
     tuning = kind is module.Finetuning
@@ -1077,8 +1077,8 @@ def train_command(module, settings: dict, given: dict) -> int:
 def take_over(module, kind, model, state: dict, settings: dict, given: dict) -> dict:
     """The settings of a run that begins with a model (its sizes), or goes on (all)."""
     fixed, run = asdict(model.config), {}  # what cannot change; what was set before
+    run |= module.FINETUNING["published"] if model.config.n_embd >= 512 else {}
     if kind is module.Finetuning:
-        run |= module.FINETUNING["published"] if model.config.n_embd >= 512 else {}
         run |= module.FINETUNING.get(settings["data"], {})  # of a demonstration
     if settings["init_from"] == "resume":
         if type(state["task"]) is not kind:
