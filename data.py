@@ -27,7 +27,6 @@ import multiprocessing
 import os
 import re
 import shlex
-import shutil
 import signal
 import sys
 import tarfile
@@ -769,7 +768,7 @@ def machine(run):
 
 def compile_loss(task, run, device) -> None:
     """Compile a task's loss in training: by --compile, or on CUDA, where there is a compiler."""
-    there = importlib.util.find_spec("triton") and (shutil.which("cc") or shutil.which("gcc"))
+    there = importlib.util.find_spec("triton")  # (it asks for a C compiler, too)
     if run.compile or run.compile is None and device.type == "cuda" and there:
         say("compiling: the first steps take a minute; --compile false begins at once")
         torch._dynamo.config.suppress_errors = run.compile is None  # what fails runs as it is
@@ -820,7 +819,7 @@ class Run:
     optimizer: Literal["muon", "adamw"] = "muon"  # muon: for matrices, with AdamW for all else
     lr: float = 0.003  # AdamW's highest learning rate
     matrix_lr: float = 0.015  # Muon's highest learning rate
-    weight_decay: float = 0.0  # matrices shrink by this times the learning rate at each step
+    weight_decay: float = 0.0  # matrices shrink by this times the rate (not in less than 2 passes)
     warmup_steps: int = 20  # steps in which the learning rate rises
     schedule: Literal["linear", "cosine"] = "linear"  # how it falls to zero afterwards
     grad_clip: float = 1.0  # largest norm of the gradient; longer ones are scaled down (0: never)
@@ -1052,6 +1051,8 @@ def train_command(module, settings: dict, given: dict) -> int:
     epoch = math.ceil(task.rows / (run.batch_size * run.grad_accum))  # in steps
     run.max_steps = max(math.ceil(run.epochs * epoch), 1) if run.epochs else run.max_steps
     run.eval_interval, run.epochs = run.eval_interval or epoch, 0.0
+    if run.max_steps < 2 * epoch and "weight_decay" not in given:
+        run.weight_decay = 0.0  # it is against learning by heart, which takes several passes
     run.warmup_steps = min(run.warmup_steps, run.max_steps // 5)  # of few steps not all are warm-up
     torch.manual_seed(run.seed)  # of the first weights
     learner = module.Model(config)
@@ -1109,9 +1110,8 @@ def generate_command(module, settings: dict, given: dict) -> int:
     options = build(module.GenerateConfig, settings)  # what the model is to do
     model, task, _, run = load(module, settings)
     device, dtype, autocast, _ = machine(run)
-    one = device.type == "cpu" and getattr(options, "num_samples", 1) == 1
-    if dtype == torch.bfloat16 and not one:  # one vector is multiplied fastest in float32
-        model.to(dtype)
+    if dtype == torch.bfloat16 and (device.type != "cpu" or getattr(options, "num_samples", 1) > 1):
+        model.to(dtype)  # (a CPU multiplies one vector fastest in float32)
     asked = [options.prompt]
     if type(task) is module.Finetuning and not options.prompt:
         say("Type something and press Enter; Ctrl-D ends.")
