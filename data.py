@@ -1109,9 +1109,8 @@ def generate_command(module, settings: dict, given: dict) -> int:
     """Let a model write; a fine-tuned one answers --prompt, or else each line that is typed."""
     options = build(module.GenerateConfig, settings)  # what the model is to do
     model, task, _, run = load(module, settings)
-    device, dtype, autocast, _ = machine(run)
-    if dtype == torch.bfloat16 and (device.type != "cpu" or getattr(options, "num_samples", 1) > 1):
-        model.to(dtype)  # (a CPU multiplies one vector fastest in float32)
+    _, dtype, autocast, _ = machine(run)
+    model.to(dtype if dtype == torch.bfloat16 and hasattr(model, "generate") else torch.float32)
     asked = [options.prompt]
     if type(task) is module.Finetuning and not options.prompt:
         say("Type something and press Enter; Ctrl-D ends.")
@@ -1189,9 +1188,9 @@ def bench_command(module, settings: dict, given: dict) -> int:
     if device.type == "cuda":
         row["peak_memory_mb"] = torch.cuda.max_memory_allocated() / 1e6
     model.never = torch.tensor([1], device=device)  # T5's </s>: no text ends before
+    model.to(dtype)
     for key, n in ("generate_tokens_per_second", 1), ("generate_batch_tokens_per_second", 32):
         if hasattr(model, "generate"):
-            model.to(torch.float32 if device.type == "cpu" and n == 1 else dtype)
             size = (n, 116 if module.NAME == "t5" else 8)
             idx = torch.randint(2, config.vocab_size, size, device=device)
             _, seconds = timed(lambda: model.generate(idx, 120, top_k=50).sum().item(), 0)

@@ -385,7 +385,11 @@ class GPT(nn.Module):
             new = idx[:, -1:] if caches else idx
             if use_cache and not caches:
                 caches = [KVCache(size) for _ in self.blocks]
-            logits = self.head(self.hidden(new, caches)[:, -1])  # (B, V)
+            torch.backends.mkldnn.enabled = new.numel() > 1  # for one bfloat16 vector it is slow
+            try:
+                logits = self.head(self.hidden(new, caches)[:, -1])  # (B, V)
+            finally:
+                torch.backends.mkldnn.enabled = True
             token = sample(logits.index_fill(1, self.never, -math.inf), temperature, top_k, top_p)
             if stop is not None:
                 token = token.masked_fill(done, stop)

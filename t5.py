@@ -507,19 +507,21 @@ class Writer:
         """length: of the longest target. copies: how many targets to write for each source."""
         self.model = model
         memory = model.encode(src, src_mask).repeat_interleave(copies, dim=0)
-        self.sources = [  # (through a KVCache for its type: float32 on a CPU)
-            KVCache(src.size(1)).append(*block.cross.keys_values(memory))
-            for block in model.decoder.blocks]
+        cross = [block.cross.keys_values(memory) for block in model.decoder.blocks]
+        cross = [KVCache(src.size(1)).append(*pair) for pair in cross]  # (float32 on a CPU)
         bias = None if src_mask is None else padding_bias(src_mask)
-        self.source_bias = bias if bias is None else bias.repeat_interleave(copies, dim=0)
-        self.caches = [KVCache(length) for _ in self.sources]
+        self.source = cross, bias if bias is None else bias.repeat_interleave(copies, dim=0)
+        self.caches = [KVCache(length) for _ in cross]
         self.bias = model.decoder.distance_bias(1, length)  # distances length - 1, ..., 1, 0
 
-    def step(self, column):
-        """column (B,) int64, the tokens written last -> scores of the next, (B, V)."""
+    def step(self, last):
+        """last (B,) int64, the tokens written last -> scores of the next, (B, V)."""
         bias = self.bias[..., -1 - self.caches[0].length :].contiguous()  # (aligned for kernels)
-        logits = self.model.decode(
-            column[:, None], bias, self.sources, self.source_bias, self.caches)
+        torch.backends.mkldnn.enabled = len(last) > 1  # for one bfloat16 vector it is slow
+        try:
+            logits = self.model.decode(last[:, None], bias, *self.source, self.caches)
+        finally:
+            torch.backends.mkldnn.enabled = True
         return logits[:, 0].index_fill(1, self.model.never, -math.inf)  # ids without a spelling
 
     def follow(self, rows):
@@ -608,8 +610,7 @@ def write(model: Model, ids: list[int], options: GenerateConfig) -> list[list[in
 
 def plain_text(target: list[int], tokenizer, config: Config) -> str:
     """The text of a target, without </s> and <pad>."""
-    ends = config.pad_id, config.eos_id
-    return tokenizer.decode([token for token in target if token not in ends]).strip()
+    return tokenizer.decode([x for x in target if x not in (config.pad_id, config.eos_id)]).strip()
 
 
 def gap_contents(target: list[int], sentinels, eos_id: int) -> dict[int, list[int]]:
@@ -638,8 +639,7 @@ class Pretraining:
         check(self, block_size=2, noise_density=(0.001, 0.999), mean_span=1)
         spans = self.counts(self.block_size)[1]
         if spans > len(SENTINELS):
-            raise ValueError(f"{spans} spans in {self.block_size} tokens are more than 100: take a "
-                             "smaller --block_size or a larger --mean_span")
+            raise ValueError(f"{spans} spans are over 100: less --block_size or more --mean_span")
 
     def open(self, run, config: Config, tokenizer, corpus=None) -> Config:
         """Remember what prompts depend on; to train or evaluate, take a text, see data.Corpus
