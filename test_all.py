@@ -1843,8 +1843,8 @@ def test_a_table_with_more_rows_than_there_are_tokens(script, stories, capsys):
     """Published tables are padded to round numbers: such ids are never drawn; all commands run."""
     text = Path(stories).read_text(encoding="utf-8")
     tok = bpe.Tokenizer.train(text, 400, script.SPECIAL_TOKENS)
-    model = randomised(script.Model(tiny_config(script, vocab_size=600, n_embd=512, n_layer=1))).float()
-    model.save_pretrained("folder")
+    config = tiny_config(script, vocab_size=600, n_embd=512, n_layer=1)
+    randomised(script.Model(config)).float().save_pretrained("folder")
     tok.save("folder/tokenizer.json")
     sizes = ["--max_steps", 2, "--eval_interval", 2, "--batch_size", 2, "--out_dir"]
     daring = [] if script is bert else ["--temperature", 2, "--max_new_tokens", 60, "--top_k", 0]
