@@ -393,7 +393,7 @@ def read_content(path: Path, data: bytes) -> dict:
     if path.name not in ("merges.txt", "vocab.txt"):
         content = json.loads(data)
         if str(config.get("tokenizer_class", "Bert"))[:4] == "Bert" and "do_lower_case" in config:
-            content["normalizer"]["lowercase"] = config["do_lower_case"]  # it has the last word
+            (content.get("normalizer") or {})["lowercase"] = config["do_lower_case"]  # this rules
         return content
     lines = data.decode().replace("\r\n", "\n").removesuffix("\n").split("\n")
     if config.get("add_prefix_space") or path.with_name("added_tokens.json").exists():

@@ -385,7 +385,7 @@ class GPT(nn.Module):
             new = idx[:, -1:] if caches else idx
             if use_cache and not caches:
                 caches = [KVCache(size) for _ in self.blocks]
-            torch.backends.mkldnn.enabled = new.numel() > 1  # for one bfloat16 vector it is slow
+            torch.backends.mkldnn.enabled = new.numel() > 1  # slow for one bfloat16 vector
             try:
                 logits = self.head(self.hidden(new, caches)[:, -1])  # (B, V)
             finally:

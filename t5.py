@@ -517,7 +517,7 @@ class Writer:
     def step(self, last):
         """last (B,) int64, the tokens written last -> scores of the next, (B, V)."""
         bias = self.bias[..., -1 - self.caches[0].length :].contiguous()  # (aligned for kernels)
-        torch.backends.mkldnn.enabled = len(last) > 1  # for one bfloat16 vector it is slow
+        torch.backends.mkldnn.enabled = len(last) > 1  # slow for one bfloat16 vector
         try:
             logits = self.model.decode(last[:, None], bias, *self.source, self.caches)
         finally:

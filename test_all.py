@@ -461,7 +461,7 @@ def test_wordpiece_by_hand():
     assert 4 not in tok.encode("the[MASK]")
     assert tok.decode([8, 5, 6, 7, 13]) == "the unaffable!"
     assert (tok.vocab_size, tok.special) == (17, {token: i for i, token in enumerate(BERT_TOKENS)})
-    put("tokenizer_config.json", '{"do_lower_case": false}')  # as AutoTokenizer has it, this rules
+    put("tokenizer_config.json", '{"do_lower_case": false}')  # this rules, as for AutoTokenizer
     assert tok.encode("The the") == [8, 8] and open_as_tokenizer(
         bert_file(pieces)).encode("The the") == [1, 8]
 
