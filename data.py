@@ -18,7 +18,6 @@ import glob
 import gzip
 import hashlib
 import html
-import importlib.util
 import inspect
 import itertools
 import json
@@ -36,6 +35,7 @@ from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -390,6 +390,8 @@ def open_source(module, task, source: str, vocab_size: int, tokenizer, new: bool
     rows = read_table(path, task)
     if new:
         return [rows, rows]
+    if len(rows) < 2:
+        raise ValueError(f"{path} has 1 row: it takes two, one to learn from and one to hold out")
     order = np.random.default_rng(0).permutation(len(rows))  # the same every time
     held_out, rest = np.split(order, [math.ceil(len(rows) / 10)])  # a tenth, rounded up
     return [[rows[i] for i in sorted(part)] for part in (rest, held_out)]
@@ -435,7 +437,7 @@ class Examples(Batches):
 
     def __init__(self, rows: list[dict], encode):
         if not rows:
-            raise ValueError("no examples to learn from, or to hold out: it takes one for each")
+            raise ValueError("no examples are left to learn from, or to hold out")
         self.rows, self.encoded = rows, [encode(row) for row in rows]
         super().__init__(np.array([example["length"] for example in self.encoded]))
 
@@ -768,8 +770,7 @@ def machine(run):
 
 def compile_loss(task, run, device) -> None:
     """Compile a task's loss in training: by --compile, or on CUDA, where there is a compiler."""
-    there = importlib.util.find_spec("triton")  # (it asks for a C compiler, too)
-    if run.compile or run.compile is None and device.type == "cuda" and there:
+    if run.compile or run.compile is None and device.type == "cuda" and find_spec("triton"):
         say("compiling: the first steps take a minute; --compile false begins at once")
         torch._dynamo.config.suppress_errors = run.compile is None  # what fails runs as it is
         plain, fast = task.loss, torch.compile(task.loss)
@@ -1051,7 +1052,7 @@ def train_command(module, settings: dict, given: dict) -> int:
     epoch = math.ceil(task.rows / (run.batch_size * run.grad_accum))  # in steps
     run.max_steps = max(math.ceil(run.epochs * epoch), 1) if run.epochs else run.max_steps
     run.eval_interval, run.epochs = run.eval_interval or epoch, 0.0
-    if run.max_steps < 2 * epoch and "weight_decay" not in given:
+    if run.max_steps < 2 * epoch and "weight_decay" not in given and not resuming:
         run.weight_decay = 0.0  # it is against learning by heart, which takes several passes
     run.warmup_steps = min(run.warmup_steps, run.max_steps // 5)  # of few steps not all are warm-up
     torch.manual_seed(run.seed)  # of the first weights
@@ -1130,7 +1131,7 @@ def eval_command(module, settings: dict, given: dict) -> int:
     learned = state["run"].get("data", "" if tuned else "input.txt")  # what it has learned from
     run.data = run.data or learned
     new = Path(run.data).resolve() != Path(learned).resolve()
-    source = open_source(module, task, run.data, 0, state["tokenizer"], new)
+    source = open_source(module, task, run.data, 0, state["tokenizer"], new)  # (0: has a tokenizer)
     task.open(run, model.config, state["tokenizer"], source)
     say(f"{run.data or 'the stories of input.txt'}, {task.description}")
     found = module.evaluate(model, task, run.batch_size, machine(run)[2])  # all of the part

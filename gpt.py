@@ -493,7 +493,7 @@ class Pretraining:
 
     def batch(self, step: int) -> dict:
         """A step's batch: idx and targets, (rows, T) int64. It depends on (seed, step) alone. An
-        epoch lays windows one after the other, from a random offset, and takes each once."""
+        epoch lays windows one after the other, from a random offset, and takes all of them."""
         row, shift = self.order.chosen(self.run, step)  # (rows,); shift from [0, 1)
         stride, tokens = self.stride or self.T, self.corpus.train
         room = len(tokens) - (self.rows - 1) * stride - self.T

@@ -712,7 +712,7 @@ class Pretraining:
 
     def batch(self, step: int) -> dict:
         """A step's batch (see `make`), which depends on (seed, step) alone. An epoch lays windows
-        end to end from a random offset and takes each once, in random order."""
+        end to end from a random offset and takes all of them, in random order."""
         row, shift = self.order.chosen(self.run, step)
         begins = int(shift * (self.length["train"] - self.rows * self.block_size + 1))
         begins = begins + row * self.block_size

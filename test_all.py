@@ -1234,7 +1234,7 @@ def test_after_ctrl_c_a_run_goes_on_as_if_nothing_had_been(script, kind, stories
                                                             monkeypatch):
     flags = ["--data", stories, *SMALL] if kind == "train" else [
         *finetuning(script, trained(script)), "--batch_size", 4]
-    flags += ["--eval_interval", 5, "--log_interval", 3, "--max_steps", 10]
+    flags += ["--eval_interval", 5, "--log_interval", 3, "--max_steps", 10, "--weight_decay", 1]
     run(script, *flags, "--out_dir", "whole")
     task = script.Pretraining if kind == "train" else script.Finetuning
 
@@ -1873,7 +1873,7 @@ def test_a_model_from_the_hub(server, exported, stories, monkeypatch, capsys):
     Server.files, Server.seen = {}, []
     assert figures(gpt, capsys, *evaluate, "some/model") == found and not Server.seen
     Server.files["/a/private/resolve/main/config.json"] = 401
-    for name, match in (("some/modle", "some/modle"), ("a/private", "private"), ("../a", "/a"),
+    for name, match in (("some/modle", "some/modle"), ("a/private", "a/private.*give its folder"), ("../a", "/a"),
                         ("a/b/c", "a/b/c"), ("a b", "a b"), ("a?b", r"a\?b")):
         assert re.search(match, mistake(gpt, capsys, *evaluate, name))
 
@@ -2025,7 +2025,7 @@ def test_what_a_shell_may_do(trained, monkeypatch, capsys):
     (gpt, "a.csv", "prompt,response,rating\na,b,5\nc,d,9\n", r"a.csv.*\b[23]\b.*rating.*9"),
     (gpt, "a.csv", b"prompt,response\na,b\n\n,\nc,\xe9\n", r"a.csv.*\b5\b.*response.*UTF-8"),
     (gpt, "a.csv", "prompt,response\n", "a.csv.*no rows"),
-    (gpt, "a.csv", "prompt,response\na,b\n", r"hold out.*\bone\b"),
+    (gpt, "a.csv", "prompt,response\na,b\n", r"a.csv.*\b(1|one|two)\b"),
     (gpt, "a.jsonl", '{"prompt": "a", "response": "b"}\n{"prompt": "a"}\n', "jsonl.*2.*response"),
     (gpt, "a.jsonl", '{"prompt": "a"\n', r"a.jsonl.*\b1\b"),
     (gpt, "a.txt", "prompt,response\na,b\nc,d\n", "a.txt.*csv"),
