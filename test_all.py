@@ -1873,7 +1873,7 @@ def test_a_model_from_the_hub(server, exported, stories, monkeypatch, capsys):
     Server.files, Server.seen = {}, []
     assert figures(gpt, capsys, *evaluate, "some/model") == found and not Server.seen
     Server.files["/a/private/resolve/main/config.json"] = 401
-    for name, match in (("some/modle", "some/modle"), ("a/private", "a/private.*give its folder"), ("../a", "/a"),
+    for name, match in (("some/modle", "some/modle"), ("a/private", "its folder"), ("../a", "/a"),
                         ("a/b/c", "a/b/c"), ("a b", "a b"), ("a?b", r"a\?b")):
         assert re.search(match, mistake(gpt, capsys, *evaluate, name))
 
