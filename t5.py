@@ -43,7 +43,7 @@ from typing import Literal, get_args
 
 # Threads wait for each other by spinning. Beside another program, which has the core of the one
 # they wait for, a step took 20 times as long. So they soon sleep. (It is read with `import torch`.)
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+os.environ.setdefault("GOMP_SPINCOUNT", "16000")
 
 import numpy as np
 import torch
@@ -136,8 +136,8 @@ def drop(x, p: float):
     """Dropout: zero a share p of the numbers, and scale the others so that the mean stays. (A byte
     decides: to draw a number for each is slow on a CPU. So p is rounded to a multiple of 1/256.)"""
     zeroed = round(256 * p)  # of the 256 values of a byte
-    if x.device.type != "cpu" or zeroed in (0, 256):
-        return F.dropout(x, p)
+    if zeroed in (0, 256) or x.device.type != "cpu":
+        return F.dropout(x, p) if p else x
     random = torch.empty(x.numel() // 8 + 1, dtype=torch.int64).random_(-(2**63), None)
     kept = random.view(torch.int8)[: x.numel()].view_as(x).ge_(zeroed - 128)  # 1 or 0
     return x * kept.to(x.dtype).mul_(256 / (256 - zeroed))
@@ -392,8 +392,7 @@ class T5(nn.Module):
         AdamW's steps do not depend on how large a weight is, so embeddings 20 to 50 times as large
         as other models' change too slowly. (The paper's Adafactor makes steps in proportion, 3.1.2;
         here their learning rate is ten times as high.) That is one of two reasons why a T5 learns
-        slowly with AdamW; the other: `init_attention`.
-        """
+        slowly with AdamW; the other: `init_attention`."""
         if isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight)
         if isinstance(module, nn.Linear):
@@ -496,7 +495,9 @@ def sample(logits, temperature: float = 1.0, top_k: int | None = None, top_p: fl
     if top_p is not None and top_p < 1:
         before = probability.cumsum(dim=-1) - probability  # of all likelier ones; 0 for the first
         probability = probability.masked_fill(before >= top_p, 0.0)
-    return token.gather(-1, torch.multinomial(probability, 1))[:, 0]  # (B,)
+    # As torch.multinomial, but faster: argmax(p / e), e exponential, is i with probability p[i].
+    drawn = (probability / torch.empty_like(probability).exponential_()).argmax(-1, keepdim=True)
+    return token.gather(-1, drawn)[:, 0]  # (B,)
 
 
 class Writer:
@@ -949,8 +950,7 @@ def from_published(found: dict, names) -> Config:
     return Config(
         found["vocab_size"], found["num_layers"], found["num_heads"], found["d_model"],
         n_ff=found["d_ff"], head_dim=found["d_kv"], dropout=found.get("dropout_rate", 0.1),
-        act=act,
-        tie="lm_head.weight" not in names or (said and not newer),
+        act=act, tie="lm_head.weight" not in names or (said and not newer),
         scale_head=found["scale_decoder_outputs"] if newer else said,
         n_buckets=found["relative_attention_num_buckets"],
         max_distance=found.get("relative_attention_max_distance", 128),
