@@ -293,8 +293,7 @@ class BERT(nn.Module):
             # A head near zero asks a small model's [CLS] for nothing, for thousands of steps. Large
             # scores have to be put right by the layers below. Till these can, it must not shrink.
             if name in ("pooler", "pair_head", "label_head"):
-                std = config.n_embd**-0.5 if name == "pooler" else 1.0
-                nn.init.normal_(layer.weight, std=std)
+                nn.init.normal_(layer.weight, std=config.n_embd**-0.5 if name == "pooler" else 1.0)
                 layer.weight.lr_factor = 1.0 if config.n_labels else 0.1  # of its learning rate
 
     @staticmethod
@@ -452,13 +451,15 @@ class GenerateConfig:
 
 @dataclass
 class Pretraining:
-    """What to learn from: pairs of segments with hidden tokens. (Section 9 says what it needs.)"""
+    """What to learn from: pairs of segments with hidden tokens. (Section 9 says what it needs.)
+    Asking for more at first helps (Wettig et al. 2023, https://arxiv.org/abs/2202.08005)."""
 
     mask_prob: float = 0.15  # share of a sequence's tokens that are asked for
+    mask_first: float | None = None  # that share at the first step; it falls to mask_prob in a line
     short_prob: float = 0.1  # share of batches that have a random, shorter length
 
     def __post_init__(self):
-        check(self, mask_prob=(0.001, 0.999), short_prob=(0, 1))
+        check(self, mask_prob=(0.001, 0.999), mask_first=(0.001, 0.999), short_prob=(0, 1))
 
     def open(self, run, config: Config, tokenizer, corpus=None) -> Config:
         """Remember what prompts depend on; to train or evaluate, take a text, see data.Corpus
@@ -527,13 +528,13 @@ class Pretraining:
         behind = ((i + begin + j) % len(document) for j in range(len(document)))
         return next((j for j in behind if document[j] != document[i]), i)
 
-    def hide(self, ids, draw) -> tuple:
-        """Choose tokens to ask for: mask_prob of a row's length, rounded, at least one. 8 in 10 of
+    def hide(self, ids, share: float, draw) -> tuple:
+        """Choose tokens to ask for: a share of a row's length, rounded, at least one. 8 in 10 of
         them become [MASK], 1 in 10 a random one, 1 in 10 stays (A.1): a text in use has no [MASK]
         (3.1). ids (n, T) int64 -> (what the model gets to see, targets), (n, T), places (n, M)."""
         which, fate, new = np.moveaxis(draw.random((len(ids), self.T, 3))[:, : ids.shape[1]], 2, 0)
         own = ~np.isin(ids, [*self.special.values()])
-        count = np.maximum(np.rint(self.mask_prob * (ids != self.special["[PAD]"]).sum(axis=1)), 1)
+        count = np.maximum(np.rint(share * (ids != self.special["[PAD]"]).sum(axis=1)), 1)
         order = np.where(own, which, 2.0).argsort(axis=1)[:, : int(count.max())]  # its own first
         places = np.where(np.arange(order.shape[1]) < count[:, None], order, 0)  # (n, M)
         chosen = np.zeros_like(own)
@@ -543,14 +544,14 @@ class Pretraining:
         seen = np.where(fate < 0.8, self.special["[MASK]"], np.where(fate < 0.9, ids, random))
         return np.where(chosen, seen, ids), np.where(chosen, ids, -100), places
 
-    def make(self, pairs: list[tuple], foreign, draw) -> dict:
+    def make(self, pairs: list[tuple], foreign, share: float, draw) -> dict:
         """A batch: idx, segments, mlm_labels (n, T) int64, places (n, M), with pairs nsp_labels
         (n,), and where something is padded, mask (n, T) bool."""
         from data import pad
 
         ids, segments = (pad(rows, fill).numpy() for rows, fill in zip(
             zip(*pairs), (self.special["[PAD]"], 0)))
-        (seen, targets, places), real = self.hide(ids, draw), ids != self.special["[PAD]"]
+        (seen, targets, places), real = self.hide(ids, share, draw), ids != self.special["[PAD]"]
         arrays = dict(idx=seen, segments=segments, mlm_labels=targets, places=places)
         arrays |= {"nsp_labels": np.array(foreign)} if self.nsp else {}
         arrays |= {} if real.all() else {"mask": real}
@@ -569,7 +570,9 @@ class Pretraining:
         for i, row in enumerate(second):
             partner[row] = second[self.foreign(document[second], i, 1)]
         pairs = [self.pair(windows[i], windows[j], draw) for i, j in zip(own, partner)]
-        return self.make(pairs, (partner != own).astype(np.int64), draw)
+        first, done = self.mask_first or self.mask_prob, step / self.run.max_steps
+        share = first + (self.mask_prob - first) * done
+        return self.make(pairs, (partner != own).astype(np.int64), share, draw)
 
     def eval_batches(self, rows: int, most: int | None = None):
         """Yield the validation part in windows, and with pairs each window twice, cut anew: with
@@ -588,7 +591,7 @@ class Pretraining:
                     both = (self.window("validation", x, self.room) for x in (i, j))
                     pairs.append(self.pair(*both, cuts))
                     foreign.append(int(i != j))
-            yield self.make(pairs, foreign, masks)
+            yield self.make(pairs, foreign, self.mask_prob, masks)
 
     def asked(self, batch: dict) -> torch.Tensor:
         """How many tokens, and how many pairs, a batch asks for: its losses are means over them."""
@@ -698,8 +701,7 @@ class Finetuning:
         """A row as the tokens of its texts (one or two lists), how many of each are taken, and the
         number of its label. Raises ValueError for a label that is not known."""
         if row["label"] not in self.labels:
-            raise ValueError(f"{row['place']}: the label {row['label']!r} is none of "
-                             f"{', '.join(self.labels)}")
+            raise ValueError(f"{row['place']}: label {row['label']!r} is none of {self.labels}")
         if self.pairs is not None and ("text_b" in row) != self.pairs:
             problem = "pairs: give" if self.pairs else "single texts: leave out"
             raise ValueError(f"this model labels {problem} --prompt_b or text_b")
@@ -750,8 +752,7 @@ class Finetuning:
         Smoothing: few examples are to make no model too sure (Szegedy et al. 2016, 7)."""
         scores = model.classify(batch["idx"], batch["segments"], batch.get("mask")).float()
         truth, guess, n = batch["labels"], scores.argmax(dim=-1), len(self.labels)
-        loss = F.cross_entropy(scores, truth,
-                               label_smoothing=self.label_smoothing * model.training)
+        loss = F.cross_entropy(scores, truth, label_smoothing=self.label_smoothing * model.training)
         right = guess == truth
         either = truth.bincount(minlength=n) + guess.bincount(minlength=n)  # (n_labels,)
         return loss, {} if model.training else dict(
@@ -836,9 +837,8 @@ def to_published(config: Config) -> dict:
     kind = "PreTraining" if config.nsp else "MaskedLM"
     return dict(
         architectures=[f"BertFor{'SequenceClassification' if config.n_labels else kind}"],
-        vocab_size=config.vocab_size, hidden_size=config.n_embd,
-        num_hidden_layers=config.n_layer, num_attention_heads=config.n_head,
-        intermediate_size=config.n_ff or 4 * config.n_embd,
+        vocab_size=config.vocab_size, hidden_size=config.n_embd, num_hidden_layers=config.n_layer,
+        num_attention_heads=config.n_head, intermediate_size=config.n_ff or 4 * config.n_embd,
         hidden_dropout_prob=config.dropout, attention_probs_dropout_prob=config.dropout,
         max_position_embeddings=config.block_size, type_vocab_size=config.n_segments,
         pad_token_id=0, num_labels=config.n_labels or 2,

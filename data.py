@@ -1172,8 +1172,8 @@ def bench_command(module, settings: dict, given: dict) -> int:
     model = module.Model(config).to(device)
     optimizer, loss, batch = module.Muon(model, run, dtype), task.loss, task.batch(0)
     compile_loss(task, run, device)
-    how = optimizer, scaler, autocast, run
-    first, seconds = timed(lambda: module.update(model, task, task.batch(0), *how).item(), 8)
+    how, batches = (optimizer, scaler, autocast, run), map(task.batch, itertools.count())
+    first, seconds = timed(lambda: module.update(model, task, next(batches), *how).item(), 8)
     matrix = torch.randn([1024 if device.type == "cpu" else 8192] * 2, device=device).to(dtype)
     peak = 2 * len(matrix) ** 3 / timed(lambda: (matrix @ matrix)[0, 0].item(), 0.5)[1] / 1e9
     with FlopCounterMode(display=False) as counter:  # (counts no fused attention on a CPU)

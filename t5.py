@@ -263,13 +263,12 @@ class FeedForward(nn.Module):
             inner = F.relu(inner, inplace=True)
         else:
             inner = F.gelu(self.gate(x), approximate="tanh") * inner
-        inner = drop(inner, self.dropout * self.training)
-        if inner.dtype == torch.float16:  # it ends at 65,504, which published models exceed here
-            with torch.autocast(inner.device.type, enabled=False):
-                y = F.linear(inner.float(), self.down.weight.float())
-        else:
-            y = self.down(inner)
-        return drop(y, self.dropout * self.training)  # (B, T, C)
+        p = self.dropout * self.training
+        inner = drop(inner, p)
+        if inner.dtype != torch.float16:
+            return drop(self.down(inner), p)  # (B, T, C)
+        with torch.autocast(inner.device.type, enabled=False):  # published models exceed its 65,504
+            return drop(F.linear(inner.float(), self.down.weight.float()), p)
 
 
 class Normalize(torch.autograd.Function):
@@ -390,9 +389,8 @@ class T5(nn.Module):
         variance 1 comes out with it, but here with half of that std, which learns faster.
 
         AdamW's steps do not depend on how large a weight is, so embeddings 20 to 50 times as large
-        as other models' change too slowly. (The paper's Adafactor makes steps in proportion, 3.1.2;
-        here their learning rate is ten times as high.) That is one of two reasons why a T5 learns
-        slowly with AdamW; the other: `init_attention`."""
+        as other models' change too slowly. (Adafactor, the paper's, steps in proportion; here their
+        rate is ten times as high.) Another reason to learn slowly: see `init_attention`."""
         if isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight)
         if isinstance(module, nn.Linear):
@@ -751,10 +749,9 @@ class Pretraining:
         if sorted(names) != sorted(SENTINELS[: len(names)]):
             raise ValueError("a prompt's gaps have to be numbered from 0 on, each number once: "
                              '"The <extra_id_0> sat on the <extra_id_1>."')
-        ids = []
-        for part in parts:
-            ids += [self.tokenizer.special[part]] if part in names else self.tokenizer.encode(part)
-        return [*ids, self.config.eos_id]
+        ids = [[self.tokenizer.special[part]] if part in names else self.tokenizer.encode(part)
+               for part in parts]
+        return [*sum(ids, []), self.config.eos_id]
 
     def answer(self, model: Model, options: GenerateConfig):
         """Yield the prompt with its gaps filled; to one without gaps, the target as it stands."""
@@ -951,11 +948,10 @@ def from_published(found: dict, names) -> Config:
         found["vocab_size"], found["num_layers"], found["num_heads"], found["d_model"],
         n_ff=found["d_ff"], head_dim=found["d_kv"], dropout=found.get("dropout_rate", 0.1),
         act=act, tie="lm_head.weight" not in names or (said and not newer),
-        scale_head=found["scale_decoder_outputs"] if newer else said,
+        scale_head=found["scale_decoder_outputs"] if newer else said, pad_id=pad_id,
         n_buckets=found["relative_attention_num_buckets"],
         max_distance=found.get("relative_attention_max_distance", 128),
-        n_decoder_layer=found.get("num_decoder_layers"), pad_id=pad_id,
-        eos_id=found.get("eos_token_id", 1),
+        n_decoder_layer=found.get("num_decoder_layers"), eos_id=found.get("eos_token_id", 1),
     )
 
 # 9. Training: from here on the three model files are the same, letter by letter -------------------
