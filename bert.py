@@ -104,7 +104,7 @@ Config, NAME = BERTConfig, "bert"  # so named, what the files have in common is 
 PRESETS = {  # sizes, and what goes with them in training; the first is the default
     "laptop": dict(vocab_size=1024, block_size=128, n_layer=3, n_head=4, n_embd=128,
                    max_steps=2200, batch_size=32, log_interval=50, eval_interval=550,
-                   weight_decay=0.05),
+                   weight_decay=0.05, mask_first=0.4),
     "t4": dict(vocab_size=8192, block_size=256, n_layer=8, n_head=8, n_embd=512,  # for that GPU
                max_steps=10000, batch_size=64, log_interval=50, eval_interval=500),
     "bert-base": dict(vocab_size=30528, block_size=512, n_layer=12, n_head=12, n_embd=768),
