@@ -227,7 +227,7 @@ class Attention(nn.Module):
         keys, values = config.n_head * hd, config.n_head * (config.value_dim or hd)
         self.widths = [keys, keys, values]  # of all heads' queries, keys, values
         self.qkv = nn.Linear(config.n_embd, sum(self.widths), bias=config.bias)  # three maps in one
-        self.qkv.weight.maps = 3 if keys == values else 1  # Muon (9) takes them as 3 matrices
+        self.qkv.weight.maps = 3 * self.n_head if keys == values else 1  # matrices for Muon (9)
         self.proj = nn.Linear(values, config.n_embd, bias=config.bias)
         turns = sinusoids(config.block_size, hd) if config.pos == "rotary" else None
         self.register_buffer("turns", turns, persistent=False)  # (block_size, hd)
