@@ -6,8 +6,7 @@
 
 Nothing here is needed to understand the models; it makes them a tool. In order: 1 files and
 downloads, 2 text to tokens, 3 what a task learns from, 4 weight files, 5 what a run writes, 6 the
-machine, 7 flags, 8 the commands.
-"""
+machine, 7 flags, 8 the commands."""
 
 import argparse
 import contextlib
@@ -315,7 +314,8 @@ def make_corpus(source, folder: Path, vocab_size, special_tokens, separator, tok
             last[part] = ids[-1:] if len(ids) else last[part]
             with open(f"{making}/{part}.{dtype}", "ab") as file:
                 file.write(ids.astype(dtype).tobytes())
-        os.replace(making, folder)  # only a whole corpus has this name
+        if not folder.exists():  # (another run may have been faster)
+            os.replace(making, folder)  # only a whole corpus has this name
 
 
 def sliding_windows(tokens, block_size: int, stride: int, pad_id: int):
