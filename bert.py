@@ -104,7 +104,7 @@ Config, NAME = BERTConfig, "bert"  # so named, what the files have in common is 
 PRESETS = {  # sizes, and what goes with them in training; the first is the default
     "laptop": dict(vocab_size=1024, block_size=128, n_layer=3, n_head=4, n_embd=128,
                    max_steps=2200, batch_size=32, log_interval=50, eval_interval=550,
-                   weight_decay=0.05, mask_first=0.4),
+                   weight_decay=0.05, mask_most=0.4),
     "t4": dict(vocab_size=8192, block_size=256, n_layer=8, n_head=8, n_embd=512,  # for that GPU
                max_steps=10000, batch_size=64, log_interval=50, eval_interval=500),
     "bert-base": dict(vocab_size=30528, block_size=512, n_layer=12, n_head=12, n_embd=768),
@@ -451,15 +451,16 @@ class GenerateConfig:
 
 @dataclass
 class Pretraining:
-    """What to learn from: pairs of segments with hidden tokens. (Section 9 says what it needs.)
-    Asking for more at first helps (Wettig et al. 2023, https://arxiv.org/abs/2202.08005)."""
+    """What to learn from: pairs of segments with hidden tokens. (Section 9 says what it needs.) To
+    ask for more helps (Wettig et al. 2023, https://arxiv.org/abs/2202.08005), but only once pairs
+    are learned: what shows that B continues A, a name that comes again, gets hidden, too."""
 
     mask_prob: float = 0.15  # share of a sequence's tokens that are asked for
-    mask_first: float | None = None  # that share at the first step; it falls to mask_prob in a line
+    mask_most: float | None = None  # that share after a quarter of the steps; then it falls again
     short_prob: float = 0.1  # share of batches that have a random, shorter length
 
     def __post_init__(self):
-        check(self, mask_prob=(0.001, 0.999), mask_first=(0.001, 0.999), short_prob=(0, 1))
+        check(self, mask_prob=(0.001, 0.999), mask_most=(0.001, 0.999), short_prob=(0, 1))
 
     def open(self, run, config: Config, tokenizer, corpus=None) -> Config:
         """Remember what prompts depend on; to train or evaluate, take a text, see data.Corpus
@@ -570,8 +571,8 @@ class Pretraining:
         for i, row in enumerate(second):
             partner[row] = second[self.foreign(document[second], i, 1)]
         pairs = [self.pair(windows[i], windows[j], draw) for i, j in zip(own, partner)]
-        first, done = self.mask_first or self.mask_prob, step / self.run.max_steps
-        share = first + (self.mask_prob - first) * done
+        done, last = step / self.run.max_steps, self.mask_prob
+        share = np.interp(done, (0.25, 1), (self.mask_most or last, last)) if done >= 0.25 else last
         return self.make(pairs, (partner != own).astype(np.int64), share, draw)
 
     def eval_batches(self, rows: int, most: int | None = None):
@@ -790,8 +791,7 @@ class Finetuning:
 FIXED = dict(  # settings of `config.json` that have one value here
     model_type="bert", hidden_act="gelu", layer_norm_eps=1e-12, is_decoder=False,
     add_cross_attention=False, position_embedding_type="absolute", tie_word_embeddings=True,
-    problem_type="single_label_classification",
-)
+    problem_type="single_label_classification")
 # No weights; and one of pooler and pair head where the file lacks the other.
 NO_WEIGHTS = r"bert\.embeddings\.position_ids|(bert\.pooler|cls\.seq_relationship)\..*"
 HEAD = r"cls\.predictions\."  # what may be missing: a model for labels does without
