@@ -1431,8 +1431,7 @@ def test_it_learns(script, beside, capsys):
 
 EXAMPLES = {  # for each script, a table whose answer shows in the source
     "gpt": ("prompt,response,rating", "say {0},{0} {0},4"),
-    "bert": ("text,label", "a {0} here,{0}"),
-    "t5": ("source,target", "a {0} here,{0}"),
+    "bert": ("text,label", "a {0} here,{0}"), "t5": ("source,target", "a {0} here,{0}"),
 }
 
 
@@ -1483,8 +1482,7 @@ def test_fine_tuning_learns_to_answer_and_eval_compares_the_answers(script, trai
 def test_what_is_frozen_stays_and_without_progress_it_stops(script, trained):
     common = [*finetuning(script, trained(script)), "--eval_interval", 2, "--out_dir"]
     run(script, *common, "a", "--freeze", 1, "--max_steps", 2)
-    before, after = (state_of(path)["model"] for path in (
-        trained(script) / "best.pt", "a/ckpt.pt"))
+    before, after = (state_of(path)["model"] for path in (trained(script) / "best.pt", "a/ckpt.pt"))
     frozen = re.compile(r"((en|de)coder\.)?(blocks\.0\.|\w+_embedding)")
     same = {name: torch.equal(before[name], after[name]) for name in before if name in after}
     assert all(same[name] for name in same if frozen.match(name))
