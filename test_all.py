@@ -1115,10 +1115,10 @@ def test_muon_is_torch_s_and_adamw_too():
     run_ = data.Run(weight_decay=0.1, lr=0.01, matrix_lr=0.02)
     ours, theirs = (gpt.GPT(gpt.GPTConfig(**TINY)) for _ in range(2))
     theirs.load_state_dict(ours.state_dict())
-    apart = {}  # torch's Muon takes query, key and value apart
+    apart, maps = {}, 3 * ours.config.n_head  # torch's Muon takes each head's three apart
     for name, p in theirs.named_parameters():
         if "blocks." in name and p.ndim == 2:
-            parts = p.detach().clone().chunk(3 if "qkv" in name else 1)
+            parts = p.detach().clone().chunk(maps if "qkv" in name else 1)
             apart[name] = list(map(torch.nn.Parameter, parts))
     others = [p for name, p in theirs.named_parameters() if name not in apart]
     optimizers = [
@@ -1130,8 +1130,8 @@ def test_muon_is_torch_s_and_adamw_too():
         for (name, p), q in zip(ours.named_parameters(), theirs.parameters()):
             p.grad = torch.randn_like(p)
             q.grad = p.grad.clone()
-            for part, gradient in zip(apart.get(name, []), p.grad.chunk(3 if "qkv" in name else 1)):
-                part.grad = gradient.clone()
+            for i, part in enumerate(apart.get(name, [])):
+                part.grad = p.grad.chunk(len(apart[name]))[i].clone()
         for optimizer in optimizers:
             optimizer.step()
     for (name, p), q in zip(ours.named_parameters(), theirs.parameters()):
