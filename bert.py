@@ -456,7 +456,7 @@ class Pretraining:
     are learned: what shows that B continues A, a name that comes again, gets hidden, too."""
 
     mask_prob: float = 0.15  # share of a sequence's tokens that are asked for
-    mask_most: float | None = None  # that share after a quarter of the steps; then it falls again
+    mask_most: float | None = None  # the same at a quarter of the steps; from then on it falls
     short_prob: float = 0.1  # share of batches that have a random, shorter length
 
     def __post_init__(self):
