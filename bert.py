@@ -456,11 +456,11 @@ class Pretraining:
     are learned: what shows that B continues A, a name that comes again, gets hidden, too."""
 
     mask_prob: float = 0.15  # share of a sequence's tokens that are asked for
-    mask_most: float | None = None  # the same at a quarter of the steps; from then on it falls
+    mask_most: float = 0.0  # the same at a quarter of the steps, if it is more; then it falls
     short_prob: float = 0.1  # share of batches that have a random, shorter length
 
     def __post_init__(self):
-        check(self, mask_prob=(0.001, 0.999), mask_most=(0.001, 0.999), short_prob=(0, 1))
+        check(self, mask_prob=(0.001, 0.999), mask_most=(0, 0.999), short_prob=(0, 1))
 
     def open(self, run, config: Config, tokenizer, corpus=None) -> Config:
         """Remember what prompts depend on; to train or evaluate, take a text, see data.Corpus
@@ -571,8 +571,8 @@ class Pretraining:
         for i, row in enumerate(second):
             partner[row] = second[self.foreign(document[second], i, 1)]
         pairs = [self.pair(windows[i], windows[j], draw) for i, j in zip(own, partner)]
-        done, last = step / self.run.max_steps, self.mask_prob
-        share = np.interp(done, (0.25, 1), (self.mask_most or last, last)) if done >= 0.25 else last
+        done, low = step / self.run.max_steps, self.mask_prob
+        share = np.interp(done, (0.25, 1), (max(self.mask_most, low), low)) if done >= 0.25 else low
         return self.make(pairs, (partner != own).astype(np.int64), share, draw)
 
     def eval_batches(self, rows: int, most: int | None = None):

@@ -267,7 +267,8 @@ class FeedForward(nn.Module):
         inner = drop(inner, p)
         if inner.dtype != torch.float16:
             return drop(self.down(inner), p)  # (B, T, C)
-        with torch.autocast(inner.device.type, enabled=False):  # published models exceed its 65,504
+        # (It ends at 65,504, which published models exceed here.)
+        with torch.autocast(inner.device.type, enabled=False):
             return drop(F.linear(inner.float(), self.down.weight.float()), p)
 
 

@@ -968,7 +968,7 @@ def taken_apart(row: list[int], labels: list[int], tok) -> tuple[str, str]:
     return a, b
 
 
-@pytest.mark.parametrize("kind, most", [("documents", None), ("stream", 0.35)])
+@pytest.mark.parametrize("kind, most", [("documents", 0), ("stream", 0.35)])
 def test_bert_s_pairs_and_masks_are_the_paper_s(kind, most):
     """[CLS] A [SEP] B [SEP], where B continues A or is from another document. 15 % of the tokens
     are asked for, or for a time more; of these 8 in 10 are masked, 1 is replaced, 1 as it was."""
@@ -1008,7 +1008,7 @@ def test_bert_s_pairs_and_masks_are_the_paper_s(kind, most):
     assert seen == set("".join(documents)) and np.std(a_lengths) > 8
     assert min(a_lengths) < 14 and max(a_lengths) > 46
     quarters = np.reshape(shares, (4, -1)).mean(axis=1)  # (at least one token in a short row)
-    assert np.allclose(quarters, (0.15, 0.317, 0.25, 0.183) if most else 0.15, atol=0.025)
+    assert np.allclose(quarters, (0.15, 0.317, 0.25, 0.183) if most else 0.15, atol=0.02)
     assert abs(fate["masked"] / fate["hidden"] - 0.8) < 0.02
     assert abs(fate["kept"] / fate["hidden"] - 0.1) < 0.015
 
