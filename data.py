@@ -314,7 +314,7 @@ def make_corpus(source, folder: Path, vocab_size, special_tokens, separator, tok
             last[part] = ids[-1:] if len(ids) else last[part]
             with open(f"{making}/{part}.{dtype}", "ab") as file:
                 file.write(ids.astype(dtype).tobytes())
-        if not folder.exists():  # (another run may have been faster)
+        with contextlib.suppress(OSError):  # (it exists: another run was faster)
             os.replace(making, folder)  # only a whole corpus has this name
 
 
