@@ -140,7 +140,7 @@ FINETUNING = {  # section 9's data.Run explains the fields
 # Shapes: B texts of T tokens, S tokens that they look at; C = n_embd numbers for each token; nh
 # heads, each with hd numbers for a query or a key, and vd for a value; V = vocab_size.
 
-LONG = 1024  # number of keys from which the fused attention is faster on a CPU, too
+LONG = 1024  # number of queries from which the fused attention is faster on a CPU, too
 
 
 def drop(x, p: float):
@@ -167,7 +167,7 @@ def attention(query, key, value, bias=None, causal=False, scale=None, dropout=0.
     as fast as PyTorch's fused kernel: that is taken on a GPU, for LONG texts, for one query."""
     T, S, device = query.size(-2), key.size(-2), query.device.type
     scale = query.size(-1) ** -0.5 if scale is None else scale
-    fused = device == "cuda" or device == "cpu" and (S >= LONG or T == 1)
+    fused = device == "cuda" or device == "cpu" and (T >= LONG or T == 1)
     if causal and (T != S or bias is not None or not fused):  # the kernel's own mask: T = S
         # -inf, a weight of 0, right of the diagonal that ends in the last key: [0 0 -inf, 0 0 0]
         future = query.new_full((T, S), -math.inf).triu(1 + S - T)  # (T, S)

@@ -97,8 +97,7 @@ class T5Config:
         if self.head_dim is None and self.n_embd % self.n_head:
             raise ValueError(f"change n_embd {self.n_embd}: no multiple of n_head {self.n_head}")
         if self.n_buckets < 4 or self.n_buckets % 2 or self.max_distance <= self.n_buckets // 2:
-            raise ValueError("n_buckets has to be even and at least 4, max_distance more than half "
-                             f"of it: {self.n_buckets} and {self.max_distance} are not")
+            raise ValueError(f"n_buckets {self.n_buckets} is not even, 4 to 2 * max_distance - 1")
 
 
 Config, NAME = T5Config, "t5"  # so named, what the files have in common is the same text
@@ -129,7 +128,7 @@ FINETUNING = {
 # Shapes: B texts of T tokens, S tokens that they look at; C = n_embd numbers for each token; nh
 # heads, each with hd numbers for a query or a key, and vd for a value; V = vocab_size.
 
-LONG = 1024  # number of keys from which the fused attention is faster on a CPU, too
+LONG = 1024  # number of queries from which the fused attention is faster on a CPU, too
 
 
 def drop(x, p: float):
@@ -156,7 +155,7 @@ def attention(query, key, value, bias=None, causal=False, scale=None, dropout=0.
     as fast as PyTorch's fused kernel: that is taken on a GPU, for LONG texts, for one query."""
     T, S, device = query.size(-2), key.size(-2), query.device.type
     scale = query.size(-1) ** -0.5 if scale is None else scale
-    fused = device == "cuda" or device == "cpu" and (S >= LONG or T == 1)
+    fused = device == "cuda" or device == "cpu" and (T >= LONG or T == 1)
     if causal and (T != S or bias is not None or not fused):  # the kernel's own mask: T = S
         # -inf, a weight of 0, right of the diagonal that ends in the last key: [0 0 -inf, 0 0 0]
         future = query.new_full((T, S), -math.inf).triu(1 + S - T)  # (T, S)
@@ -235,13 +234,20 @@ class Attention(nn.Module):
         return [self.heads(part) for part in self.kv(x).chunk(2, dim=-1)]
 
     def forward(self, x, key, value, bias=None, causal=False):
-        """x (B, T, C) asks key, value (B, nh, S, hd) -> (B, T, C). bias (1 or B, 1 or nh, 1 or T,
-        S) is added to the scores."""
+        """x (B, T, C) asks key, value (B, nh, S, hd) -> (B, T, C). bias: see `attention`."""
         query = self.heads(self.query(x)).to(key.dtype)
         bias = None if bias is None else bias.to(key.dtype)
-        mixed = attention(query, key, value, bias, causal, 1.0, self.dropout * self.training)
+        p = self.dropout * self.training
+        if query.size(2) < LONG or causal or not getattr(bias, "requires_grad", False):
+            mixed = attention(query, key, value, bias, causal, 1.0, p)
+        else:  # No fused kernel learns a bias, and all scores take much memory: so they are
+            # computed some rows at a time, and anew for the gradient.
+            rows = zip(query.split(LONG // 2, dim=2), bias.split(LONG // 2, dim=2))
+            mixed = torch.cat([torch.utils.checkpoint.checkpoint(
+                attention, q, key, value, b, False, 1.0, p, use_reentrant=False)
+                for q, b in rows], dim=2)
         mixed = self.proj(mixed.transpose(1, 2).flatten(2).to(x.dtype))  # (B, T, C)
-        return drop(mixed, self.dropout * self.training)
+        return drop(mixed, p)
 
 
 class FeedForward(nn.Module):
@@ -349,11 +355,11 @@ class Stack(nn.Module):
 
     def distance_bias(self, T: int, S: int):
         """What scores get for the distance of the last T of S positions to all S: (1, nh, T, S)."""
-        place = torch.arange(S, device=self.distance_embedding.weight.device)  # (S,)
-        bucket = distance_buckets(place - place[S - T :, None], not self.decoder,
-                                  self.config.n_buckets, self.config.max_distance)
-        # (Contiguous: no fused kernel takes another stride.)
-        return self.distance_embedding(bucket).permute(2, 0, 1)[None].contiguous()
+        distance = torch.arange(1 - S, T, device=self.distance_embedding.weight.device)
+        bucket = distance_buckets(distance, not self.decoder, self.config.n_buckets,
+                                  self.config.max_distance)
+        # The last query has the first S of these distances; each one before it begins one later.
+        return self.distance_embedding(bucket).T.unfold(1, S, 1).flip(1)[None]
 
     def forward(self, x, bias, sources=None, source_bias=None, caches=None):
         """x (B, T, C), bias (B or 1, nh, T, S) -> (B, T, C). sources, caches: one per block."""
@@ -367,8 +373,7 @@ class Stack(nn.Module):
 
 
 class T5(nn.Module):
-    """An embedding of tokens for both sides, the encoder, the decoder, and a head that scores every
-    token as the target's next one."""
+    """Token embedding for both sides, encoder, decoder, and a head that scores the next token."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -389,9 +394,8 @@ class T5(nn.Module):
         """T5's normal distributions: embeddings with variance 1; matrices so that what goes in with
         variance 1 comes out with it, but here with half of that std, which learns faster.
 
-        AdamW's steps do not depend on how large a weight is, so embeddings 20 to 50 times as large
-        as other models' change too slowly. (Adafactor, the paper's, steps in proportion; here their
-        rate is ten times as high.) Another reason to learn slowly: see `init_attention`."""
+        Embeddings are 20 to 50 times as large as other models', but AdamW's steps are no larger: so
+        their rate is ten times as high. (Adafactor, the paper's, steps in proportion.)"""
         if isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight)
         if isinstance(module, nn.Linear):
@@ -943,8 +947,7 @@ def from_published(found: dict, names) -> Config:
         raise ValueError("decoder_start_token_id is not pad_token_id")
     act, acts = found.get("feed_forward_proj", "relu"), {"relu": "relu", "gated-gelu": "gelu_new"}
     if act not in acts or found.get("dense_act_fn", acts[act]) != acts[act]:
-        raise ValueError(f"feed_forward_proj is {act}, with dense_act_fn "
-                         f"{found.get('dense_act_fn')}: it can be one of {', '.join(acts)}")
+        raise ValueError(f"feed_forward_proj {act}, with its dense_act_fn, is none of {[*acts]}")
     return Config(
         found["vocab_size"], found["num_layers"], found["num_heads"], found["d_model"],
         n_ff=found["d_ff"], head_dim=found["d_kv"], dropout=found.get("dropout_rate", 0.1),
