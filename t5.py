@@ -97,7 +97,7 @@ class T5Config:
         if self.head_dim is None and self.n_embd % self.n_head:
             raise ValueError(f"change n_embd {self.n_embd}: no multiple of n_head {self.n_head}")
         if self.n_buckets < 4 or self.n_buckets % 2 or self.max_distance <= self.n_buckets // 2:
-            raise ValueError(f"n_buckets {self.n_buckets} is not even, 4 to 2 * max_distance - 1")
+            raise ValueError(f"n_buckets {self.n_buckets}: even, 4 or more, below 2 * max_distance")
 
 
 Config, NAME = T5Config, "t5"  # so named, what the files have in common is the same text
@@ -237,15 +237,15 @@ class Attention(nn.Module):
         """x (B, T, C) asks key, value (B, nh, S, hd) -> (B, T, C). bias: see `attention`."""
         query = self.heads(self.query(x)).to(key.dtype)
         bias = None if bias is None else bias.to(key.dtype)
-        p = self.dropout * self.training
-        if query.size(2) < LONG or causal or not getattr(bias, "requires_grad", False):
-            mixed = attention(query, key, value, bias, causal, 1.0, p)
-        else:  # No fused kernel learns a bias, and all scores take much memory: so they are
-            # computed some rows at a time, and anew for the gradient.
+        p, learned = self.dropout * self.training, bias is not None and bias.requires_grad
+        if query.size(2) >= LONG and learned and not causal and query.device.type == "cpu":
+            # No kernel learns a bias there: scores in parts, anew for the gradient, to save memory.
             rows = zip(query.split(LONG // 2, dim=2), bias.split(LONG // 2, dim=2))
             mixed = torch.cat([torch.utils.checkpoint.checkpoint(
                 attention, q, key, value, b, False, 1.0, p, use_reentrant=False)
                 for q, b in rows], dim=2)
+        else:
+            mixed = attention(query, key, value, bias, causal, 1.0, p)
         mixed = self.proj(mixed.transpose(1, 2).flatten(2).to(x.dtype))  # (B, T, C)
         return drop(mixed, p)
 
