@@ -825,23 +825,23 @@ class Muon(torch.optim.AdamW):
             if p.requires_grad:
                 group = dict(params=[], shape=shape, lr=lr, highest_lr=lr, weight_decay=decay)
                 groups.setdefault((shape, factor, decays), group)["params"].append(p)
-        super().__init__(list(groups.values()), betas=(0.9, 0.95), fused=True)
+        # Beside Muon it learns faster from means of 2 gradients and of 100 squares, about.
+        betas = (0.5, 0.99) if run.optimizer == "muon" else (0.9, 0.95)
+        super().__init__(list(groups.values()), betas=betas, fused=True)
         self._step_supports_amp_scaling = False  # GradScaler is to skip `step` as a whole
 
     @torch.no_grad()
-    def step(self, closure=None, momentum: float = 0.95):
-        """p -= lr * longer * orthogonalize(0.95 m + 0.05 g), m a running mean of the gradients g,
+    def step(self, closure=None, momentum: float = 0.9):
+        """p -= lr * longer * orthogonalize(0.9 m + 0.1 g), m a running mean of the gradients g,
         for a stack of matrices of equal shape; then AdamW's step for all other parameters."""
-        for group in self.param_groups:
-            if not group["shape"]:
-                continue
+        for group in [x for x in self.param_groups if x["shape"]]:
             params, lr, (rows, cols) = group["params"], group["lr"], group["shape"]
             gradient = torch.cat([p.grad.view(-1, rows, cols) for p in params])  # (n, rows, cols)
             state = self.state[params[0]]  # of the whole stack
             if not state:  # (AdamW asks for a "step" when it loads a state)
                 state.update(step=torch.zeros(()), mean=torch.zeros_like(gradient))
-            mean = state["mean"].lerp_(gradient, 1 - momentum)  # m <- 0.95 m + 0.05 g
-            ahead = gradient.lerp(mean, momentum)  # 0.95 m + 0.05 g
+            mean = state["mean"].lerp_(gradient, 1 - momentum)  # m <- 0.9 m + 0.1 g
+            ahead = gradient.lerp(mean, momentum)  # 0.9 m + 0.1 g
             directions = orthogonalize(ahead, self.dtype).to(gradient.dtype)  # (n, rows, cols)
             longer = max(1, rows / cols) ** 0.5  # steps for tall ones (Jordan 2024)
             if group["weight_decay"]:

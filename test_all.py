@@ -1124,9 +1124,9 @@ def test_muon_is_torch_s_and_adamw_too():
     others = [p for name, p in theirs.named_parameters() if name not in apart]
     optimizers = [
         gpt.Muon(ours, run_, torch.bfloat16),
-        torch.optim.Muon(sum(apart.values(), []), lr=0.02, weight_decay=0.1, momentum=0.95),
+        torch.optim.Muon(sum(apart.values(), []), lr=0.02, weight_decay=0.1, momentum=0.9),
         torch.optim.AdamW([dict(params=[p for p in others if p.ndim == 2], weight_decay=0.1), dict(
-            params=[p for p in others if p.ndim < 2], weight_decay=0)], lr=0.01, betas=(0.9, 0.95))]
+            params=[p for p in others if p.ndim < 2], weight_decay=0)], lr=0.01, betas=(0.5, 0.99))]
     for _ in range(4):
         for (name, p), q in zip(ours.named_parameters(), theirs.parameters()):
             p.grad = torch.randn_like(p)
