@@ -48,9 +48,9 @@ SPACE += "\u2028\u2029\u202f\u205f\u3000"  # Python's \s also has the controls U
 def characters(kinds: str | tuple, limit: int) -> str:
     """The characters below `limit` whose Unicode category begins with `kinds`, as in [] of `re`."""
     # characters("L", 128) is r"\U00000041-\U0000005a\U00000061-\U0000007a", which is A-Za-z.
-    # Characters that are younger than this Python's Unicode tables belong to no category.
-    found = (unicodedata.category(chr(code)).startswith(kinds) for code in range(limit))
-    runs = re.finditer("x+", "".join("x" if inside else "." for inside in found))
+    names = list(map(unicodedata.category, map(chr, range(limit))))  # of Python's own tables
+    inside = {name: "x" if name.startswith(kinds) else "." for name in set(names)}
+    runs = re.finditer("x+", "".join(map(inside.get, names)))
     return "".join(rf"\U{run.start():08x}-\U{run.end() - 1:08x}" for run in runs)
 
 
