@@ -358,7 +358,7 @@ class Stack(nn.Module):
         distance = torch.arange(1 - S, T, device=self.distance_embedding.weight.device)
         bucket = distance_buckets(distance, not self.decoder, self.config.n_buckets,
                                   self.config.max_distance)
-        # The last query has the first S of these distances; each one before it begins one later.
+        # Of (T + S - 1,) distances the last query has the first S, each before it begins one later.
         return self.distance_embedding(bucket).T.unfold(1, S, 1).flip(1)[None]
 
     def forward(self, x, bias, sources=None, source_bias=None, caches=None):
