@@ -102,9 +102,9 @@ class BERTConfig:
 Config, NAME = BERTConfig, "bert"  # so named, what the files have in common is the same text
 
 PRESETS = {  # sizes, and what goes with them in training; the first is the default
-    "laptop": dict(vocab_size=1024, block_size=128, n_layer=3, n_head=4, n_embd=128,
-                   max_steps=2200, batch_size=32, log_interval=50, eval_interval=550,
-                   weight_decay=0.05, mask_most=0.4),
+    "laptop": dict(vocab_size=1024, block_size=128, n_layer=2, n_head=6, n_embd=192,
+                   max_steps=1900, batch_size=32, log_interval=50, eval_interval=475,
+                   weight_decay=0.02, mask_most=0.5),
     "t4": dict(vocab_size=8192, block_size=256, n_layer=8, n_head=8, n_embd=512,  # for that GPU
                max_steps=10000, batch_size=64, log_interval=50, eval_interval=500),
     "bert-base": dict(vocab_size=30528, block_size=512, n_layer=12, n_head=12, n_embd=768),
@@ -290,10 +290,10 @@ class BERT(nn.Module):
         self.init_attention()
         self.head.weight = self.token_embedding.weight
         for name, layer in self.named_children() if config.n_embd < 512 else ():
-            # A head near zero asks a small model's [CLS] for nothing, for thousands of steps. Large
+            # A head near zero asks a small model's [CLS] for nothing, for thousands of steps: these
             # scores have to be put right by the layers below. Till these can, it must not shrink.
             if name in ("pooler", "pair_head", "label_head"):
-                nn.init.normal_(layer.weight, std=config.n_embd**-0.5 if name == "pooler" else 1.0)
+                nn.init.normal_(layer.weight, std=config.n_embd**-0.5 if name == "pooler" else 0.1)
                 layer.weight.lr_factor = 1.0 if config.n_labels else 0.1  # of its learning rate
 
     @staticmethod
