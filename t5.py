@@ -33,6 +33,7 @@ Papers: Raffel et al. 2020, https://arxiv.org/abs/1910.10683; Vaswani et al. 201
 Shazeer 2020, https://arxiv.org/abs/2002.05202 (gated feed-forwards).
 """
 
+import functools
 import math
 import os
 import re
@@ -234,17 +235,18 @@ class Attention(nn.Module):
         return [self.heads(part) for part in self.kv(x).chunk(2, dim=-1)]
 
     def forward(self, x, key, value, bias=None, causal=False):
-        """x (B, T, C) asks key, value (B, nh, S, hd) -> (B, T, C). bias: see `attention`."""
-        query = self.heads(self.query(x)).to(key.dtype)
-        bias = None if bias is None else bias.to(key.dtype)
-        p, learned = self.dropout * self.training, bias is not None and bias.requires_grad
-        if query.size(2) >= LONG and learned and not causal and query.device.type == "cpu":
-            # No kernel learns a bias there: scores in parts, anew for the gradient, to save memory.
-            rows = zip(query.split(LONG // 2, dim=2), bias.split(LONG // 2, dim=2))
+        """x (B, T, C) asks key, value (B, nh, S, hd) -> (B, T, C). bias: see `attention`, or a
+        function that gives it for queries begin to end: then only a part of the scores is kept."""
+        query, p = self.heads(self.query(x)).to(key.dtype), self.dropout * self.training
+        if callable(bias):  # the scores are computed in parts, and again for the gradient
+            def part(query, begin):
+                rows = bias(begin, begin + query.size(2)).to(key.dtype)
+                return attention(query, key, value, rows, False, 1.0, p)
             mixed = torch.cat([torch.utils.checkpoint.checkpoint(
-                attention, q, key, value, b, False, 1.0, p, use_reentrant=False)
-                for q, b in rows], dim=2)
+                part, q, i * LONG // 2, use_reentrant=False)
+                for i, q in enumerate(query.split(LONG // 2, dim=2))], dim=2)
         else:
+            bias = None if bias is None else bias.to(key.dtype)
             mixed = attention(query, key, value, bias, causal, 1.0, p)
         mixed = self.proj(mixed.transpose(1, 2).flatten(2).to(x.dtype))  # (B, T, C)
         return drop(mixed, p)
@@ -264,12 +266,11 @@ class FeedForward(nn.Module):
 
     def forward(self, x):
         """x (B, T, C) -> (B, T, C)."""
-        inner = self.up(x)  # (B, T, n_ff)
+        inner, p = self.up(x), self.dropout * self.training  # (B, T, n_ff)
         if self.act == "relu":
             inner = F.relu(inner, inplace=True)
         else:
             inner = F.gelu(self.gate(x), approximate="tanh") * inner
-        p = self.dropout * self.training
         inner = drop(inner, p)
         if inner.dtype != torch.float16:
             return drop(self.down(inner), p)  # (B, T, C)
@@ -353,13 +354,15 @@ class Stack(nn.Module):
         self.blocks = nn.ModuleList(Block(config, decoder) for _ in range(n_layer))
         self.norm = make_norm(config)
 
-    def distance_bias(self, T: int, S: int):
-        """What scores get for the distance of the last T of S positions to all S: (1, nh, T, S)."""
-        distance = torch.arange(1 - S, T, device=self.distance_embedding.weight.device)
-        bucket = distance_buckets(distance, not self.decoder, self.config.n_buckets,
-                                  self.config.max_distance)
-        # Of (T + S - 1,) distances the last query has the first S, each before it begins one later.
-        return self.distance_embedding(bucket).T.unfold(1, S, 1).flip(1)[None]
+    def distance_bias(self, begin: int, end: int, S: int, mask=None):
+        """What scores get for the distance of positions begin to end to all S, with `padding_bias`
+        of mask (B, S): (B or 1, nh, n, S)."""
+        config, table = self.config, self.distance_embedding
+        distance = torch.arange(S - 1 - begin, -end, -1, device=table.weight.device)
+        bucket = distance_buckets(distance, not self.decoder, config.n_buckets, config.max_distance)
+        # Backwards: the first query has the first S of these distances, the next begins one later.
+        bias = table(bucket).T.contiguous().unfold(1, S, 1).flip(2)[None]
+        return bias if mask is None else bias + padding_bias(mask)
 
     def forward(self, x, bias, sources=None, source_bias=None, caches=None):
         """x (B, T, C), bias (B or 1, nh, T, S) -> (B, T, C). sources, caches: one per block."""
@@ -412,8 +415,7 @@ class T5(nn.Module):
 
         Neighbours: the encoder's biases of distances begin high at -1, 1, -2, 2, ... tokens, one
         for each head. The same sentinel: in the decoder's first cross-attention, the map for keys
-        begins as that for queries, so that like fits like. A score of 7 outweighs a thousand of 0.
-        """
+        begins as that for queries: like fits like. A score of 7 outweighs a thousand of 0."""
         config = self.config
         for stack in self.encoder, self.decoder:
             nn.init.normal_(stack.distance_embedding.weight, std=0.1)
@@ -434,10 +436,9 @@ class T5(nn.Module):
     def encode(self, src, src_mask=None):
         """src (B, S) int64 -> memory (B, S, C). src_mask (B, S) bool: True for a real token, False
         for padding, which no token attends to."""
-        bias = self.encoder.distance_bias(src.size(1), src.size(1))
-        if src_mask is not None:
-            bias = bias + padding_bias(src_mask)
-        return self.encoder(self.token_embedding(src), bias)
+        bias = functools.partial(self.encoder.distance_bias, S=src.size(1), mask=src_mask)
+        in_parts = src.size(1) >= LONG and src.device.type == "cpu"  # (no kernel learns a bias)
+        return self.encoder(self.token_embedding(src), bias if in_parts else bias(0, src.size(1)))
 
     def decode(self, tokens, bias, sources, source_bias=None, caches=None):
         """tokens (B, T) int64 of the target so far, with caches the new ones -> logits (B, T, V) of
@@ -458,7 +459,7 @@ class T5(nn.Module):
         memory, T = self.encode(src, src_mask), tgt.size(1)  # (B, S, C)
         sources = [block.cross.keys_values(memory) for block in self.decoder.blocks]
         source_bias = None if src_mask is None else padding_bias(src_mask)
-        logits = self.decode(before, self.decoder.distance_bias(T, T), sources, source_bias)
+        logits = self.decode(before, self.decoder.distance_bias(0, T, T), sources, source_bias)
         return logits, F.cross_entropy(logits.flatten(0, 1).float(), tgt.flatten())
 
     @torch.no_grad()
@@ -516,7 +517,7 @@ class Writer:
         bias = None if src_mask is None else padding_bias(src_mask)
         self.source = cross, bias if bias is None else bias.repeat_interleave(copies, dim=0)
         self.caches = [KVCache(length) for _ in cross]
-        self.bias = model.decoder.distance_bias(1, length)  # distances length - 1, ..., 1, 0
+        self.bias = model.decoder.distance_bias(length - 1, length, length)  # length - 1, ..., 0
 
     def step(self, last):
         """last (B,) int64, the tokens written last -> scores of the next, (B, V)."""
@@ -855,8 +856,7 @@ class Finetuning:
     def eval_batches(self, rows: int, most: int | None = None):
         return map(self.collate, self.held_out.in_order(rows))  # (all, however many)
 
-    def asked(self, batch: dict) -> torch.Tensor:
-        return (batch["tgt"] != -100).sum().float()
+    asked = Pretraining.asked
 
     def loss(self, model: Model, batch: dict):
         """The mean loss, and in evaluation how far what the model writes is the target: exact
