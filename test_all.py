@@ -220,12 +220,12 @@ def beside(request, shared_cache, stories, tmp_path_factory):
             "--nproc_per_node=2", gpt.__file__, "--data", stories, *SMALL, *EXACT, "--batch_size",
             "8", "--out_dir", str(folder)],))
     for name, flags in dict(gpt="--max_steps 250", t5="--n_embd 64 --batch_size 16 --max_steps 90",
-                            bert="--n_embd 64 --batch_size 32 --max_steps 450").items():
+                            bert="--n_embd 64 --batch_size 32 --max_steps 300").items():
         if f"test_it_learns[{name}]" in chosen:
             folder = tmp_path_factory.mktemp(name)
             text = put(folder / "stories.txt", first_stories(40))
             runs[name] = folder, child_of(
-                SCRIPTS[name], "--data", text, "--out_dir", folder, *SMALL, "--eval_interval", 450,
+                SCRIPTS[name], "--data", text, "--out_dir", folder, *SMALL, "--eval_interval", 300,
                 "--dropout", 0, *flags.split(), folder=folder)
     starting = threading.Thread(target=lambda: [child.start() for _, child in runs.values()])
     starting.start()  # (it waits for imports)
