@@ -117,8 +117,8 @@ PRESETS = {  # sizes, and what goes with them in training; the first is the defa
     "laptop": dict(vocab_size=4096, block_size=128, n_layer=4, n_head=4, n_embd=256,
                    max_steps=500, batch_size=16, lr=0.01, matrix_lr=0.03, weight_decay=0.3),
     "shakespeare": dict(data="shakespeare", vocab_size=1024, block_size=128, n_layer=4, n_head=4,
-                        n_embd=256, dropout=0.1, max_steps=1600, batch_size=16, lr=0.01,
-                        matrix_lr=0.03, weight_decay=0.3),  # nanoGPT's first exercise
+                        n_embd=256, dropout=0.1, max_steps=1600, batch_size=16, lr=0.006,
+                        matrix_lr=0.02, weight_decay=0.3),  # nanoGPT's first exercise
     "t4": dict(vocab_size=8192, block_size=512, n_layer=8, n_head=8, n_embd=512,  # for that GPU
                max_steps=3000, batch_size=32, lr=0.005, matrix_lr=0.02, eval_interval=250),
     "gpt2": dict(vocab_size=50304, block_size=1024, n_layer=12, n_head=12, n_embd=768),  # 124 M
