@@ -1951,7 +1951,7 @@ class Evil:
         (t5, "n_decoder_layer", 0), (t5, "n_buckets", 7), (t5, "noise_density", 1),
         (t5, "block_size", 1))),
     (gpt, "--n_layers 3", "n_layers"), (t5, "trian", "trian"), (gpt, "texts.csv", "texts.csv"),
-    (gpt, "--n_embd 30", "n_embd.*30.*4"), (bert, "--n_embd 12 --pos rotary", "rotary|even"),
+    (gpt, "--n_embd 30", "n_embd.*30.*4"), (bert, "--n_embd 18 --pos rotary", "rotary|even"),
     (gpt, "--vocab_size 200", "257"), (t5, "--vocab_size 200", "358"),
     (gpt, "--layers {", "layers"), (gpt, '--layers {"0":5}', "layers"),
     (gpt, '--layers {"9":{"n_ff":0}}', "layers.*9|9.*layers"),
