@@ -4,9 +4,8 @@
     corpus.tokenizer, corpus.train, corpus.validation        # the tokens are memory-mapped arrays
     run_command(gpt, ["--n_layer", "6"])                     # what `python gpt.py --n_layer 6` does
 
-Nothing here is needed to understand the models; it makes them a tool. In order: 1 files and
-downloads, 2 text to tokens, 3 what a task learns from, 4 weight files, 5 what a run writes, 6 the
-machine, 7 flags, 8 the commands."""
+It makes the models a tool. In order: 1 files and downloads, 2 text to tokens, 3 what a task learns
+from, 4 weight files, 5 what a run writes, 6 the machine, 7 flags, 8 the commands."""
 
 import argparse
 import contextlib
@@ -239,12 +238,18 @@ def encode_piece(path: str, separator: str, piece: str) -> np.ndarray:
     return np.array(ids, np.uint32)
 
 
+def begin_worker() -> None:
+    """Ctrl-C is for the process that waits for this one, with which this one ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":  # even if that one is killed (PR_SET_PDEATHSIG)
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
 def parallel(function, jobs):
     """Yield (part, function(piece)) of all jobs (part, piece) in order, computed by all cores."""
     # Forked, a process has bpe.py already, and does not run the user's script again.
     how = multiprocessing.get_context("fork" if hasattr(os, "fork") else None)
-    ignore = signal.SIGINT, signal.SIG_IGN  # Ctrl-C is for the process that waits for them
-    with ProcessPoolExecutor(None, how, signal.signal, ignore) as pool:
+    with ProcessPoolExecutor(None, how, begin_worker) as pool:
         while some := [*itertools.islice(jobs, 4 * os.cpu_count())]:  # no more are in memory
             names, texts = zip(*some)
             yield from zip(names, pool.map(function, texts))
@@ -329,8 +334,7 @@ def sliding_windows(tokens, block_size: int, stride: int, pad_id: int):
     missing = (n - 1) * stride + block_size + 1 - len(tokens)  # behind the last token
     at = np.arange(n)[:, None] * stride + np.arange(block_size)  # (n, block_size)
     inputs = np.pad(tokens, (0, missing), constant_values=pad_id)[at]
-    targets = np.pad(tokens, (0, missing), constant_values=-100)[at + 1]
-    return inputs, targets
+    return inputs, np.pad(tokens, (0, missing), constant_values=-100)[at + 1]
 
 
 @dataclass(eq=False)
@@ -453,14 +457,12 @@ class Examples(Batches):
     def in_order(self, size: int):
         """Yield all examples in lists of at most `size`, the shortest first."""
         order = np.argsort(self.lengths, kind="stable")  # so that little is padded
-        for i in spread(len(order), size):
-            yield [self.encoded[j] for j in order[i]]
+        yield from ([self.encoded[j] for j in order[i]] for i in spread(len(order), size))
 
 
 def pad(rows: list, fill: int) -> torch.Tensor:
     """Rows of different lengths side by side: (n, the longest) int64, filled up with `fill`."""
-    rows = [torch.as_tensor(row) for row in rows]
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill)
+    return torch.nn.utils.rnn.pad_sequence([*map(torch.as_tensor, rows)], True, fill)
 
 
 def word_overlap(written: str, truth: str) -> dict[str, float]:
@@ -745,8 +747,7 @@ def choose_device(name: str) -> torch.device:
 def machine(run):
     """(device, dtype, autocast to it, scaler for float16), see --device and --dtype. "auto" asks
     what a device can do, not how fast it is right now: a machine always gives the same numbers."""
-    device = choose_device(run.device)
-    name = device.type
+    name = (device := choose_device(run.device)).type
     if ranks()[1] > 1 and not torch.distributed.is_initialized():
         if name == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # of several GPUs, its own
@@ -788,8 +789,7 @@ def asked_to_stop():
         os.write(2, b"\nstopping after this step; Ctrl-C once more saves nothing\n")  # (no print)
 
     def anywhere() -> bool:
-        total = torch.tensor(float(len(pressed)))  # () float32
-        add_up([total])
+        add_up([total := torch.tensor(float(len(pressed)))])
         return bool(total)
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
