@@ -4,8 +4,8 @@
     corpus.tokenizer, corpus.train, corpus.validation        # the tokens are memory-mapped arrays
     run_command(gpt, ["--n_layer", "6"])                     # what `python gpt.py --n_layer 6` does
 
-It makes the models a tool. In order: 1 files and downloads, 2 text to tokens, 3 what a task learns
-from, 4 weight files, 5 what a run writes, 6 the machine, 7 flags, 8 the commands."""
+None of it is needed to understand the models. 1 files and downloads, 2 text to tokens, 3 what a
+task learns from, 4 weight files, 5 what a run writes, 6 the machine, 7 flags, 8 the commands."""
 
 import argparse
 import contextlib
@@ -239,7 +239,7 @@ def encode_piece(path: str, separator: str, piece: str) -> np.ndarray:
 
 
 def begin_worker() -> None:
-    """Ctrl-C is for the process that waits for this one, with which this one ends."""
+    """Ctrl-C is for the process that waits for this one; when that one ends, so does this."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":  # even if that one is killed (PR_SET_PDEATHSIG)
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
@@ -462,7 +462,7 @@ class Examples(Batches):
 
 def pad(rows: list, fill: int) -> torch.Tensor:
     """Rows of different lengths side by side: (n, the longest) int64, filled up with `fill`."""
-    return torch.nn.utils.rnn.pad_sequence([*map(torch.as_tensor, rows)], True, fill)
+    return torch.nn.utils.rnn.pad_sequence([*map(torch.as_tensor, rows)], True, padding_value=fill)
 
 
 def word_overlap(written: str, truth: str) -> dict[str, float]:
@@ -789,7 +789,7 @@ def asked_to_stop():
         os.write(2, b"\nstopping after this step; Ctrl-C once more saves nothing\n")  # (no print)
 
     def anywhere() -> bool:
-        add_up([total := torch.tensor(float(len(pressed)))])
+        add_up([total := torch.tensor(float(len(pressed)))])  # () float32
         return bool(total)
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
