@@ -29,6 +29,7 @@ import sys
 import tarfile
 import tempfile
 import time
+import warnings
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import MISSING, asdict, dataclass, fields, replace
@@ -770,9 +771,10 @@ def machine(run):
 
 
 def compile_loss(task, run, device) -> None:
-    """Compile a task's loss in training: by --compile, or on CUDA, where there is a compiler."""
+    """Compile a task's loss: by --compile; on CUDA, in pretraining (examples have all lengths)."""
     if run.compile or run.compile is None and device.type == "cuda" and find_spec("triton"):
         say("compiling: the first steps take a minute; --compile false begins at once")
+        warnings.filterwarnings("ignore", module=r"torch\._inductor")  # meant for its authors
         torch._dynamo.config.suppress_errors = run.compile is None  # what fails runs as it is
         plain, fast = task.loss, torch.compile(task.loss)
         task.loss = lambda model, batch: (fast if model.training else plain)(model, batch)
@@ -828,7 +830,7 @@ class Run:
     eval_interval: int = 100  # steps between two evaluations, each with a checkpoint (0: an epoch)
     snapshot_interval: int = 0  # steps between two checkpoints that are kept for good (0: none)
     patience: int = 0  # stop after so many evaluations without a lower held-out loss (0: never)
-    compile: bool | None = None  # torch.compile (default: on CUDA, if there is a compiler)
+    compile: bool | None = None  # torch.compile (default: to pretrain on CUDA, with a compiler)
     freeze: int = 0  # so many of the lowest layers, and the embeddings, stay as they are
     scratch: bool = False  # forget the weights: what is learned without pretraining?
     to: str = "exported"  # the folder that export writes
@@ -908,7 +910,7 @@ def commands_of(module) -> dict[str, tuple]:
     learns = [(module.Finetuning, None), (Run, TRAIN), (module.Config, ["dropout"])]
     which = dict(out_dir=own, init_from="", data="")  # "": as the run has it
     tuned = dict(kind=module.Finetuning, out_dir=f"{own}-finetuned", init_from=own, data="",
-                 log_interval=20, eval_interval=0, patience=3, dropout=None,
+                 log_interval=20, eval_interval=0, patience=3, dropout=None, compile=False,
                  **module.FINETUNING["laptop"])
     commands = dict(
         train=(train_command, sizes, first | dict(out_dir=own, kind=module.Pretraining)),
@@ -1188,13 +1190,11 @@ def bench_command(module, settings: dict, given: dict) -> int:
         row["peak_memory_mb"] = getrusage(RUSAGE_SELF).ru_maxrss * unit / 1e6
     if device.type == "cuda":
         row["peak_memory_mb"] = torch.cuda.max_memory_allocated() / 1e6
-    model.never = torch.tensor([1], device=device)  # T5's </s>: no text ends before
-    model.to(dtype)
+    model.to(dtype).never = torch.tensor([1], device=device)  # T5's </s>: no text ends before
     for key, n in ("generate_tokens_per_second", 1), ("generate_batch_tokens_per_second", 32):
         if hasattr(model, "generate"):
             size = (n, 116 if module.NAME == "t5" else 8)
-            idx = torch.randint(2, config.vocab_size, size, device=device)
-            _, seconds = timed(lambda: model.generate(idx, 120, top_k=50).sum().item(), 0)
-            row[key] = n * 120 / seconds
+            x = torch.randint(2, config.vocab_size, size, device=device)
+            row[key] = n * 120 / timed(lambda: model.generate(x, 120, top_k=50).sum().item(), 0)[1]
     print(json.dumps(row))
     return 0

@@ -217,8 +217,8 @@ def beside(request, shared_cache, stories, tmp_path_factory):
     folder = tmp_path_factory.mktemp("torchrun")
     if "test_accumulation_and_two_ranks_give_the_losses_of_one_process[gpt]" in chosen:
         runs["torchrun"] = folder, CHILDREN.Process(target=torch.distributed.run.main, args=([
-            "--nproc_per_node=2", gpt.__file__, "--data", stories, *SMALL, *EXACT, "--batch_size",
-            "8", "--out_dir", str(folder)],))
+            "--standalone", "--nproc_per_node=2", gpt.__file__, "--data", stories, *SMALL, *EXACT,
+            "--batch_size", "8", "--out_dir", str(folder)],))
     for name, flags in dict(gpt="--max_steps 250", t5="--n_embd 64 --batch_size 16 --max_steps 90",
                             bert="--n_embd 64 --batch_size 32 --max_steps 300").items():
         if f"test_it_learns[{name}]" in chosen:
