@@ -771,8 +771,9 @@ def machine(run):
 
 
 def compile_loss(task, run, device) -> None:
-    """Compile a task's loss: by --compile; on CUDA, in pretraining (examples have all lengths)."""
-    if run.compile or run.compile is None and device.type == "cuda" and find_spec("triton"):
+    """Compile a task's loss in training: by --compile, or on CUDA in a long run."""
+    long = run.max_steps >= 3000 and device.type == "cuda"  # a short one would lose time by it
+    if run.compile or run.compile is None and long and find_spec("triton"):
         say("compiling: the first steps take a minute; --compile false begins at once")
         warnings.filterwarnings("ignore", module=r"torch\._inductor")  # meant for its authors
         torch._dynamo.config.suppress_errors = run.compile is None  # what fails runs as it is
@@ -830,7 +831,7 @@ class Run:
     eval_interval: int = 100  # steps between two evaluations, each with a checkpoint (0: an epoch)
     snapshot_interval: int = 0  # steps between two checkpoints that are kept for good (0: none)
     patience: int = 0  # stop after so many evaluations without a lower held-out loss (0: never)
-    compile: bool | None = None  # torch.compile (default: to pretrain on CUDA, with a compiler)
+    compile: bool | None = None  # torch.compile (default: on CUDA, in 3000 steps of pretraining)
     freeze: int = 0  # so many of the lowest layers, and the embeddings, stay as they are
     scratch: bool = False  # forget the weights: what is learned without pretraining?
     to: str = "exported"  # the folder that export writes
@@ -1129,15 +1130,14 @@ def generate_command(module, settings: dict, given: dict) -> int:
 def eval_command(module, settings: dict, given: dict) -> int:
     """Print the validation loss and the measures of a model as a line of JSON."""
     model, task, state, run = load(module, settings)
-    tuned = type(task) is module.Finetuning
-    learned = state["run"].get("data", "" if tuned else "input.txt")  # what it has learned from
+    learned = state["run"].get("data", "" if type(task) is module.Finetuning else "input.txt")
     run.data = run.data or learned
     new = Path(run.data).resolve() != Path(learned).resolve()
     source = open_source(module, task, run.data, 0, state["tokenizer"], new)  # (0: has a tokenizer)
     task.open(run, model.config, state["tokenizer"], source)
     say(f"{run.data or 'the stories of input.txt'}, {task.description}")
     found = module.evaluate(model, task, run.batch_size, machine(run)[2])  # all of the part
-    if not tuned:
+    if type(task) is module.Pretraining:
         found["perplexity"] = math.exp(min(found.get("mlm_loss", found["val_loss"]), 700))
     print(json.dumps(dict(step=state["step"]) | found))
     return 0
@@ -1193,8 +1193,8 @@ def bench_command(module, settings: dict, given: dict) -> int:
     model.to(dtype).never = torch.tensor([1], device=device)  # T5's </s>: no text ends before
     for key, n in ("generate_tokens_per_second", 1), ("generate_batch_tokens_per_second", 32):
         if hasattr(model, "generate"):
-            size = (n, 116 if module.NAME == "t5" else 8)
-            x = torch.randint(2, config.vocab_size, size, device=device)
+            size = [n, 116 if module.NAME == "t5" else 8]
+            x = torch.randint(2, config.vocab_size, size).to(device)
             row[key] = n * 120 / timed(lambda: model.generate(x, 120, top_k=50).sum().item(), 0)[1]
     print(json.dumps(row))
     return 0

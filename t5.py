@@ -267,11 +267,8 @@ class FeedForward(nn.Module):
     def forward(self, x):
         """x (B, T, C) -> (B, T, C)."""
         inner, p = self.up(x), self.dropout * self.training  # (B, T, n_ff)
-        if self.act == "relu":
-            inner = F.relu(inner, inplace=True)
-        else:
-            inner = F.gelu(self.gate(x), approximate="tanh") * inner
-        inner = drop(inner, p)
+        inner = drop(F.relu(inner, inplace=True) if self.act == "relu" else
+                     F.gelu(self.gate(x), approximate="tanh") * inner, p)
         if inner.dtype != torch.float16:
             return drop(self.down(inner), p)  # (B, T, C)
         # (It ends at 65,504, which published models exceed here.)
@@ -312,7 +309,8 @@ class RMSNorm(nn.RMSNorm):
         """x (..., C) -> (..., C)."""
         if x.device.type == "cpu" and torch.is_grad_enabled():
             return Normalize.apply(x, self.weight, self.eps)
-        return super().forward(x)
+        weight = self.weight  # (of a model in float16, x is wider: see FeedForward)
+        return F.rms_norm(x, weight.shape, weight.to(x.dtype), self.eps).to(weight.dtype)
 
 
 def make_norm(config: Config):
@@ -519,6 +517,7 @@ class Writer:
         self.caches = [KVCache(length) for _ in cross]
         self.bias = model.decoder.distance_bias(length - 1, length, length)  # length - 1, ..., 0
 
+    @torch.inference_mode()  # a twentieth faster
     def step(self, last):
         """last (B,) int64, the tokens written last -> scores of the next, (B, V)."""
         bias = self.bias[..., -1 - self.caches[0].length :].contiguous()  # (aligned for kernels)
@@ -532,8 +531,7 @@ class Writer:
     def follow(self, rows):
         """Go on with these of the targets, (B,) int64. Copies have the same source."""
         for cache in self.caches:
-            for kept in cache.keys, cache.values:
-                kept[:, :, : cache.length] = kept[rows, :, : cache.length]
+            cache.keys, cache.values = cache.keys[rows], cache.values[rows]
 
 
 def beam_search(model: T5, src, max_new_tokens: int, beams: int, src_mask=None):

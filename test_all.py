@@ -1373,11 +1373,11 @@ def test_numbers_beyond_float16_s_range_do_not_end_a_t5():
     with torch.autocast("cpu", torch.float16):
         half = model(src, tgt)[0].float()
     assert (half - model(src, tgt)[0]).abs().max() < 0.05 * half.abs().max()
+    assert len(model.half().generate(src, 5)) == 3
 
 
 def test_a_resumed_run_follows_the_flags_and_may_diverge(script, trained, capsys):
-    """Then it ends with a line that says so, and the last good checkpoint stays. On another text,
-    losses do not compare with those before."""
+    """Then it says so, and the last good checkpoint stays. On another text a new best begins."""
     shutil.copytree(trained(script), "run")
     resume = ["--init_from", "resume", "--out_dir", "run"]
     run(script, *resume)  # nothing is left to do
@@ -2208,9 +2208,10 @@ def test_a_file_alone_gives_its_model_and_says_what_training_lacks(script, monke
     monkeypatch.delitem(sys.modules, script.NAME)
     module = importlib.import_module(script.NAME)
     model = module.Model(module.Config(**dataclasses.asdict(tiny_config(script))))
-    idx = torch.randint(2, 50, (2, 9))
+    write = getattr(model, "generate", lambda idx, n: idx)  # what is written can be learned from
+    idx = write(torch.randint(2, 50, (2, 9)), 9)
     (model.loss(idx, None, None, idx) if script is bert else model(idx, idx)[1]).backward()
-    assert len(model(idx)[0] if script is bert else model.generate(idx, 20)) == 2
+    assert len(model(idx)[0] if script is bert else idx) == 2
     assert module.main([]) == 2
     assert re.fullmatch(r"error: .*(bpe|data)\.py.*\n", capsys.readouterr().err)
 
@@ -2225,8 +2226,7 @@ def blocks(kind: str) -> list[str]:
 
 
 def in_small(script, words: list[str]) -> list[str]:
-    """The arguments of a command of the README with a model and steps that take no time: its own
-    flags win, but for --max_steps."""
+    """A command of the README with a tiny model and few steps; its other flags win."""
     name, *own = words
     small = dict(generate="" if script is bert else "--max_new_tokens 9",
                  finetune="--target_length 8" if script is t5 else "", train=(
