@@ -22,12 +22,11 @@ position by itself), and normalize after each. On top stand small heads: for tok
     python bert.py generate --init_from bert-base-uncased    the published weights (or a folder)
     python bert.py --help                           every command and flag
 
-The lesson of this file is how to leave the plateau, on which the loss of a BERT that is trained
-from scratch may stay for thousands of steps: see `BERT.init_attention`. It reads from top to
-bottom: 1 this page, 2 the configuration, 3 layers, 4 the model, 5 pretraining, 6 fine-tuning, 7
-published weights, 9 training (8 is GPT's alone). Copied alone, it gives `BERT` and `BERTConfig`;
-its commands need bpe.py and data.py beside it. To learn, change: `--pos rotary`, `--nsp false`;
-leave `init_attention` out (when does mlm_loss leave 5.4?).
+The lesson of this file is how to leave the plateau, where the loss of a BERT may stay for
+thousands of steps: see `BERT.init_attention`. It reads from top to bottom: 1 this page, 2 the
+configuration, 3 layers, 4 the model, 5 pretraining, 6 fine-tuning, 7 published weights, 9 training
+(8 is GPT's alone). Copied alone, it gives `BERT` and `BERTConfig`; its commands need bpe.py and
+data.py beside it. To learn, change: `--pos rotary`, `--nsp false`; skip `init_attention`.
 
 Papers: Devlin et al. 2019, https://arxiv.org/abs/1810.04805; Vaswani et al. 2017 (attention).
 """
@@ -393,12 +392,12 @@ class BERT(nn.Module):
     def loss(self, idx, segments, mask, mlm_labels, nsp_labels=None):
         """The paper's loss (A.2), mean over hidden tokens + mean over pairs. mlm_labels (B, T): the
         token that was there, -100 where nothing is asked. nsp_labels (B,): 0 if B continues A."""
-        return self.losses(idx, segments, mask, mlm_labels, nsp_labels)[0].sum()
+        return self.losses(idx, segments, mlm_labels, mask, nsp_labels)[0].sum()
 
-    def losses(self, idx, segments, mask, mlm_labels, nsp_labels=None, places=None):
+    def losses(self, idx, segments, mlm_labels, mask=None, nsp_labels=None, places=None, weight=1):
         """-> the two means of `loss` (2,), or the first (1,); mlm_logits (N, V), targets (N,),
         nsp_logits (B, 2). The head is computed for the N tokens that are asked for alone: at their
-        places (B, M) in each row, where unused 0, which is [CLS]."""
+        places (B, M) in each row, where unused 0, which is [CLS]. weight: of the pairs' mean."""
         if places is None:
             at = (mlm_labels.flatten() != -100).nonzero()[:, 0]  # (N,)
         else:
@@ -408,7 +407,7 @@ class BERT(nn.Module):
         targets = mlm_labels.flatten()[at]  # (N,)
         means = [F.cross_entropy(mlm_logits.float(), targets)]
         if nsp_labels is not None and nsp_logits is not None:
-            means.append(F.cross_entropy(nsp_logits.float(), nsp_labels))
+            means.append(weight * F.cross_entropy(nsp_logits.float(), nsp_labels))
         return torch.stack(means), mlm_logits, targets, nsp_logits
 
     @torch.no_grad()
@@ -458,9 +457,10 @@ class Pretraining:
     mask_prob: float = 0.15  # share of a sequence's tokens that are asked for
     mask_most: float = 0.0  # the same at a quarter of the steps, if it is more; then it falls
     short_prob: float = 0.1  # share of batches that have a random, shorter length
+    nsp_weight: float = 1.0  # how much the loss of pairs counts (less: its gradient is noisy)
 
     def __post_init__(self):
-        check(self, mask_prob=(0.001, 0.999), mask_most=(0, 0.999), short_prob=(0, 1))
+        check(self, mask_prob=(0.001, 0.999), mask_most=(0, 0.999), short_prob=(0, 1), nsp_weight=0)
 
     def open(self, run, config: Config, tokenizer, corpus=None) -> Config:
         """Remember what prompts depend on; to train or evaluate, take a text, see data.Corpus
@@ -602,7 +602,7 @@ class Pretraining:
 
     def loss(self, model: Model, batch: dict):
         """The losses (2,), and in evaluation measures, each a pair of sums."""
-        losses, mlm_logits, targets, nsp_logits = model.losses(**{"mask": None} | batch)
+        losses, mlm_logits, targets, nsp_logits = model.losses(**batch, weight=self.nsp_weight)
         if model.training:
             return losses, {}
         right, n = mlm_logits.argmax(dim=-1) == targets, (targets != -100).sum()
@@ -895,7 +895,7 @@ class Muon(torch.optim.AdamW):
 
     def __init__(self, model: nn.Module, run, dtype=torch.float32):
         """dtype: of the products in `orthogonalize`."""
-        self.dtype, groups = dtype, {}  # (Muon's matrix shape, factor, decays?) -> a group
+        self.dtype, self.momentum, groups = dtype, run.momentum, {}  # by (shape, factor, decays?)
         for name, p in model.named_parameters():
             inner = p.ndim == 2 and not ("embedding" in name or "head" in name)
             muon = inner and run.optimizer == "muon"
@@ -911,17 +911,17 @@ class Muon(torch.optim.AdamW):
         self._step_supports_amp_scaling = False  # GradScaler is to skip `step` as a whole
 
     @torch.no_grad()
-    def step(self, closure=None, momentum: float = 0.9):
-        """p -= lr * longer * orthogonalize(0.9 m + 0.1 g), m a running mean of the gradients g,
-        for a stack of matrices of equal shape; then AdamW's step for all other parameters."""
+    def step(self, closure=None):
+        """p -= lr * longer * orthogonalize(0.9 m + 0.1 g), m a running mean of the gradients g, 0.9
+        the momentum, for a stack of equal matrices; then AdamW's step for all other parameters."""
         for group in [x for x in self.param_groups if x["shape"]]:
             params, lr, (rows, cols) = group["params"], group["lr"], group["shape"]
             gradient = torch.cat([p.grad.view(-1, rows, cols) for p in params])  # (n, rows, cols)
             state = self.state[params[0]]  # of the whole stack
             if not state:  # (AdamW asks for a "step" when it loads a state)
                 state.update(step=torch.zeros(()), mean=torch.zeros_like(gradient))
-            mean = state["mean"].lerp_(gradient, 1 - momentum)  # m <- 0.9 m + 0.1 g
-            ahead = gradient.lerp(mean, momentum)  # 0.9 m + 0.1 g
+            mean = state["mean"].lerp_(gradient, 1 - self.momentum)  # m <- 0.9 m + 0.1 g
+            ahead = gradient.lerp(mean, self.momentum)  # 0.9 m + 0.1 g
             directions = orthogonalize(ahead, self.dtype).to(gradient.dtype)  # (n, rows, cols)
             longer = max(1, rows / cols) ** 0.5  # steps for tall ones (Jordan 2024)
             if group["weight_decay"]:

@@ -823,6 +823,7 @@ class Run:
     optimizer: Literal["muon", "adamw"] = "muon"  # muon: for matrices, with AdamW for all else
     lr: float = 0.003  # AdamW's highest learning rate
     matrix_lr: float = 0.015  # Muon's highest learning rate
+    momentum: float = 0.9  # Muon's: the share of the steps before in its mean of gradients
     weight_decay: float = 0.0  # matrices shrink by this times the rate (not in less than 2 passes)
     warmup_steps: int = 20  # steps in which the learning rate rises
     schedule: Literal["linear", "cosine"] = "linear"  # how it falls to zero afterwards
@@ -859,8 +860,7 @@ def add_flags(parser, cls, names, defaults: dict) -> None:
 
 def build(cls, settings: dict):
     """An instance of the dataclass from those of the settings that are its fields."""
-    names = {option.name for option in fields(cls)}
-    return cls(**{name: value for name, value in settings.items() if name in names})
+    return cls(**{x.name: settings[x.name] for x in fields(cls) if x.name in settings})
 
 
 def parse_command(module, arguments: list[str]):
@@ -900,7 +900,7 @@ def parse_command(module, arguments: list[str]):
 
 WHICH = "out_dir init_from device dtype seed".split()  # the fields of Run that all commands have
 TRAIN = [option.name for option in fields(Run) if option.name != "to"]
-LEAST = {option.name: 0 for option in fields(Run) if option.type in (int, float)}
+LEAST = {x.name: 0 for x in fields(Run) if x.type in (int, float)} | dict(momentum=(0, 1))
 LEAST |= dict(max_steps=1, batch_size=1, grad_accum=1, log_interval=1, seed=(0, 2**31))
 
 
