@@ -103,7 +103,7 @@ Config, NAME = BERTConfig, "bert"  # so named, what the files have in common is 
 PRESETS = {  # sizes, and what goes with them in training; the first is the default
     "laptop": dict(vocab_size=1024, block_size=128, n_layer=2, n_head=6, n_embd=192,
                    max_steps=1900, batch_size=32, log_interval=50, eval_interval=475,
-                   weight_decay=0.02, mask_most=0.5),
+                   weight_decay=0.02, mask_most=0.5, nsp_late=0.2),
     "t4": dict(vocab_size=8192, block_size=256, n_layer=8, n_head=8, n_embd=512,  # for that GPU
                max_steps=10000, batch_size=64, log_interval=50, eval_interval=500),
     "bert-base": dict(vocab_size=30528, block_size=512, n_layer=12, n_head=12, n_embd=768),
@@ -394,10 +394,10 @@ class BERT(nn.Module):
         token that was there, -100 where nothing is asked. nsp_labels (B,): 0 if B continues A."""
         return self.losses(idx, segments, mlm_labels, mask, nsp_labels)[0].sum()
 
-    def losses(self, idx, segments, mlm_labels, mask=None, nsp_labels=None, places=None, weight=1):
+    def losses(self, idx, segments, mlm_labels, mask=None, nsp_labels=None, places=None, weights=1):
         """-> the two means of `loss` (2,), or the first (1,); mlm_logits (N, V), targets (N,),
         nsp_logits (B, 2). The head is computed for the N tokens that are asked for alone: at their
-        places (B, M) in each row, where unused 0, which is [CLS]. weight: of the pairs' mean."""
+        places (B, M) in each row, where unused 0, which is [CLS]. weights (B,): of the pairs."""
         if places is None:
             at = (mlm_labels.flatten() != -100).nonzero()[:, 0]  # (N,)
         else:
@@ -407,7 +407,8 @@ class BERT(nn.Module):
         targets = mlm_labels.flatten()[at]  # (N,)
         means = [F.cross_entropy(mlm_logits.float(), targets)]
         if nsp_labels is not None and nsp_logits is not None:
-            means.append(weight * F.cross_entropy(nsp_logits.float(), nsp_labels))
+            apart = F.cross_entropy(nsp_logits.float(), nsp_labels, reduction="none")  # (B,)
+            means.append((weights * apart).mean())
         return torch.stack(means), mlm_logits, targets, nsp_logits
 
     @torch.no_grad()
@@ -457,10 +458,10 @@ class Pretraining:
     mask_prob: float = 0.15  # share of a sequence's tokens that are asked for
     mask_most: float = 0.0  # the same at a quarter of the steps, if it is more; then it falls
     short_prob: float = 0.1  # share of batches that have a random, shorter length
-    nsp_weight: float = 1.0  # how much the loss of pairs counts (less: its gradient is noisy)
+    nsp_late: float = 1.0  # how much pairs count in the last two fifths (their gradient is noisy)
 
     def __post_init__(self):
-        check(self, mask_prob=(0.001, 0.999), mask_most=(0, 0.999), short_prob=(0, 1), nsp_weight=0)
+        check(self, mask_prob=(0.001, 0.999), mask_most=(0, 0.999), short_prob=(0, 1), nsp_late=0)
 
     def open(self, run, config: Config, tokenizer, corpus=None) -> Config:
         """Remember what prompts depend on; to train or evaluate, take a text, see data.Corpus
@@ -545,16 +546,17 @@ class Pretraining:
         seen = np.where(fate < 0.8, self.special["[MASK]"], np.where(fate < 0.9, ids, random))
         return np.where(chosen, seen, ids), np.where(chosen, ids, -100), places
 
-    def make(self, pairs: list[tuple], foreign, share: float, draw) -> dict:
+    def make(self, pairs: list[tuple], foreign, share: float, draw, weight: float = 1.0) -> dict:
         """A batch: idx, segments, mlm_labels (n, T) int64, places (n, M), with pairs nsp_labels
-        (n,), and where something is padded, mask (n, T) bool."""
+        and weights (n,), and where something is padded, mask (n, T) bool."""
         from data import pad
 
         ids, segments = (pad(rows, fill).numpy() for rows, fill in zip(
             zip(*pairs), (self.special["[PAD]"], 0)))
         (seen, targets, places), real = self.hide(ids, share, draw), ids != self.special["[PAD]"]
         arrays = dict(idx=seen, segments=segments, mlm_labels=targets, places=places)
-        arrays |= {"nsp_labels": np.array(foreign)} if self.nsp else {}
+        if self.nsp:
+            arrays |= dict(nsp_labels=np.int64(foreign), weights=np.float32([weight] * len(ids)))
         arrays |= {} if real.all() else {"mask": real}
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
@@ -573,7 +575,7 @@ class Pretraining:
         pairs = [self.pair(windows[i], windows[j], draw) for i, j in zip(own, partner)]
         done, low = step / self.run.max_steps, self.mask_prob
         share = np.interp(done, (0.25, 1), (max(self.mask_most, low), low)) if done >= 0.25 else low
-        return self.make(pairs, (partner != own).astype(np.int64), share, draw)
+        return self.make(pairs, partner != own, share, draw, self.nsp_late if done >= 0.6 else 1.0)
 
     def eval_batches(self, rows: int, most: int | None = None):
         """Yield the validation part in windows, and with pairs each window twice, cut anew: with
@@ -586,13 +588,11 @@ class Pretraining:
         order = np.diff(self.documents["validation"])[document, 0].argsort(kind="stable")
         cuts, masks = np.random.default_rng(0), np.random.default_rng(1)
         for chosen in spread(n, max(rows // copies, 1), most and most // self.T):
-            pairs, foreign = [], []
-            for i in order[chosen]:  # the short ones together, so that little is padded
-                for j in (i, self.foreign(document, i, n // 2))[:copies]:
-                    both = (self.window("validation", x, self.room) for x in (i, j))
-                    pairs.append(self.pair(*both, cuts))
-                    foreign.append(int(i != j))
-            yield self.make(pairs, foreign, self.mask_prob, masks)
+            both = [(i, j) for i in order[chosen]  # the short ones together: little is padded
+                    for j in (i, self.foreign(document, i, n // 2))[:copies]]
+            pairs = [self.pair(*(self.window("validation", x, self.room) for x in numbers), cuts)
+                     for numbers in both]
+            yield self.make(pairs, [i != j for i, j in both], self.mask_prob, masks)
 
     def asked(self, batch: dict) -> torch.Tensor:
         """How many tokens, and how many pairs, a batch asks for: its losses are means over them."""
@@ -602,7 +602,7 @@ class Pretraining:
 
     def loss(self, model: Model, batch: dict):
         """The losses (2,), and in evaluation measures, each a pair of sums."""
-        losses, mlm_logits, targets, nsp_logits = model.losses(**batch, weight=self.nsp_weight)
+        losses, mlm_logits, targets, nsp_logits = model.losses(**batch)
         if model.training:
             return losses, {}
         right, n = mlm_logits.argmax(dim=-1) == targets, (targets != -100).sum()
@@ -895,7 +895,7 @@ class Muon(torch.optim.AdamW):
 
     def __init__(self, model: nn.Module, run, dtype=torch.float32):
         """dtype: of the products in `orthogonalize`."""
-        self.dtype, self.momentum, groups = dtype, run.momentum, {}  # by (shape, factor, decays?)
+        self.dtype, groups = dtype, {}  # (Muon's matrix shape, factor, decays?) -> a group
         for name, p in model.named_parameters():
             inner = p.ndim == 2 and not ("embedding" in name or "head" in name)
             muon = inner and run.optimizer == "muon"
@@ -911,17 +911,17 @@ class Muon(torch.optim.AdamW):
         self._step_supports_amp_scaling = False  # GradScaler is to skip `step` as a whole
 
     @torch.no_grad()
-    def step(self, closure=None):
-        """p -= lr * longer * orthogonalize(0.9 m + 0.1 g), m a running mean of the gradients g, 0.9
-        the momentum, for a stack of equal matrices; then AdamW's step for all other parameters."""
+    def step(self, closure=None, momentum: float = 0.9):
+        """p -= lr * longer * orthogonalize(0.9 m + 0.1 g), m a running mean of the gradients g,
+        for a stack of matrices of equal shape; then AdamW's step for all other parameters."""
         for group in [x for x in self.param_groups if x["shape"]]:
             params, lr, (rows, cols) = group["params"], group["lr"], group["shape"]
             gradient = torch.cat([p.grad.view(-1, rows, cols) for p in params])  # (n, rows, cols)
             state = self.state[params[0]]  # of the whole stack
             if not state:  # (AdamW asks for a "step" when it loads a state)
                 state.update(step=torch.zeros(()), mean=torch.zeros_like(gradient))
-            mean = state["mean"].lerp_(gradient, 1 - self.momentum)  # m <- 0.9 m + 0.1 g
-            ahead = gradient.lerp(mean, self.momentum)  # 0.9 m + 0.1 g
+            mean = state["mean"].lerp_(gradient, 1 - momentum)  # m <- 0.9 m + 0.1 g
+            ahead = gradient.lerp(mean, momentum)  # 0.9 m + 0.1 g
             directions = orthogonalize(ahead, self.dtype).to(gradient.dtype)  # (n, rows, cols)
             longer = max(1, rows / cols) ** 0.5  # steps for tall ones (Jordan 2024)
             if group["weight_decay"]:

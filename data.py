@@ -771,8 +771,9 @@ def machine(run):
 
 
 def compile_loss(task, run, device) -> None:
-    """Compile a task's loss in training: by --compile, or on CUDA in a long run."""
-    long = run.max_steps >= 3000 and device.type == "cuda"  # a short one would lose time by it
+    """Compile a task's loss in training: by --compile, or on CUDA where it pays: it takes half a
+    minute, and saves some milliseconds a step."""
+    long = run.max_steps >= 3000 and device.type == "cuda"
     if run.compile or run.compile is None and long and find_spec("triton"):
         say("compiling: the first steps take a minute; --compile false begins at once")
         warnings.filterwarnings("ignore", module=r"torch\._inductor")  # meant for its authors
@@ -823,7 +824,6 @@ class Run:
     optimizer: Literal["muon", "adamw"] = "muon"  # muon: for matrices, with AdamW for all else
     lr: float = 0.003  # AdamW's highest learning rate
     matrix_lr: float = 0.015  # Muon's highest learning rate
-    momentum: float = 0.9  # Muon's: the share of the steps before in its mean of gradients
     weight_decay: float = 0.0  # matrices shrink by this times the rate (not in less than 2 passes)
     warmup_steps: int = 20  # steps in which the learning rate rises
     schedule: Literal["linear", "cosine"] = "linear"  # how it falls to zero afterwards
@@ -900,7 +900,7 @@ def parse_command(module, arguments: list[str]):
 
 WHICH = "out_dir init_from device dtype seed".split()  # the fields of Run that all commands have
 TRAIN = [option.name for option in fields(Run) if option.name != "to"]
-LEAST = {x.name: 0 for x in fields(Run) if x.type in (int, float)} | dict(momentum=(0, 1))
+LEAST = {option.name: 0 for option in fields(Run) if option.type in (int, float)}
 LEAST |= dict(max_steps=1, batch_size=1, grad_accum=1, log_interval=1, seed=(0, 2**31))
 
 

@@ -116,9 +116,9 @@ Config, NAME = GPTConfig, "gpt"  # by these names, what all three files have is 
 PRESETS = {  # sizes, and what goes with them in training; the first is the default
     "laptop": dict(vocab_size=4096, block_size=128, n_layer=4, n_head=4, n_embd=256,
                    max_steps=500, batch_size=16, lr=0.01, matrix_lr=0.03, weight_decay=0.3),
-    "shakespeare": dict(data="shakespeare", vocab_size=1024, block_size=128, n_layer=4, n_head=4,
+    "shakespeare": dict(data="shakespeare", vocab_size=1536, block_size=128, n_layer=4, n_head=4,
                         n_embd=256, dropout=0.1, max_steps=1600, batch_size=16, lr=0.006,
-                        matrix_lr=0.02, weight_decay=0.3),  # nanoGPT's first exercise
+                        matrix_lr=0.02, weight_decay=0.3, eval_interval=80),  # nanoGPT's exercise
     "t4": dict(vocab_size=8192, block_size=512, n_layer=8, n_head=8, n_embd=512,  # for that GPU
                max_steps=3000, batch_size=32, lr=0.005, matrix_lr=0.02, eval_interval=250),
     "gpt2": dict(vocab_size=50304, block_size=1024, n_layer=12, n_head=12, n_embd=768),  # 124 M
@@ -815,7 +815,7 @@ class Muon(torch.optim.AdamW):
 
     def __init__(self, model: nn.Module, run, dtype=torch.float32):
         """dtype: of the products in `orthogonalize`."""
-        self.dtype, self.momentum, groups = dtype, run.momentum, {}  # by (shape, factor, decays?)
+        self.dtype, groups = dtype, {}  # (Muon's matrix shape, factor, decays?) -> a group
         for name, p in model.named_parameters():
             inner = p.ndim == 2 and not ("embedding" in name or "head" in name)
             muon = inner and run.optimizer == "muon"
@@ -831,17 +831,17 @@ class Muon(torch.optim.AdamW):
         self._step_supports_amp_scaling = False  # GradScaler is to skip `step` as a whole
 
     @torch.no_grad()
-    def step(self, closure=None):
-        """p -= lr * longer * orthogonalize(0.9 m + 0.1 g), m a running mean of the gradients g, 0.9
-        the momentum, for a stack of equal matrices; then AdamW's step for all other parameters."""
+    def step(self, closure=None, momentum: float = 0.9):
+        """p -= lr * longer * orthogonalize(0.9 m + 0.1 g), m a running mean of the gradients g,
+        for a stack of matrices of equal shape; then AdamW's step for all other parameters."""
         for group in [x for x in self.param_groups if x["shape"]]:
             params, lr, (rows, cols) = group["params"], group["lr"], group["shape"]
             gradient = torch.cat([p.grad.view(-1, rows, cols) for p in params])  # (n, rows, cols)
             state = self.state[params[0]]  # of the whole stack
             if not state:  # (AdamW asks for a "step" when it loads a state)
                 state.update(step=torch.zeros(()), mean=torch.zeros_like(gradient))
-            mean = state["mean"].lerp_(gradient, 1 - self.momentum)  # m <- 0.9 m + 0.1 g
-            ahead = gradient.lerp(mean, self.momentum)  # 0.9 m + 0.1 g
+            mean = state["mean"].lerp_(gradient, 1 - momentum)  # m <- 0.9 m + 0.1 g
+            ahead = gradient.lerp(mean, momentum)  # 0.9 m + 0.1 g
             directions = orthogonalize(ahead, self.dtype).to(gradient.dtype)  # (n, rows, cols)
             longer = max(1, rows / cols) ** 0.5  # steps for tall ones (Jordan 2024)
             if group["weight_decay"]:

@@ -770,6 +770,8 @@ def test_each_bert_learns_with_all_its_weights_and_padding_changes_nothing(varia
     expected += F.cross_entropy(nsp_logits, pairs) if model.config.nsp else 0
     loss = model.loss(idx, segments, mask, labels, pairs)
     assert abs(loss - expected) < 1e-6
+    late = model.losses(idx, segments, labels, mask, pairs, weights=torch.tensor([2, 2, 0, 0]))[0]
+    assert len(late) == 1 or abs(late[1] - F.cross_entropy(nsp_logits[:2], pairs[:2])) < 1e-6
     loss.backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
 
@@ -975,8 +977,8 @@ def test_bert_s_pairs_and_masks_are_the_paper_s(kind, most):
     """[CLS] A [SEP] B [SEP], where B continues A or is from another document. 15 % of the tokens
     are asked for, or for a time more; of these 8 in 10 are masked, 1 is replaced, 1 as it was."""
     tok, (path, (documents, _)) = byte_tokenizer(bert), strange_text(bert, kind)
-    task, _ = opened(bert.Pretraining(mask_most=most), bert, path, batch_size=8, max_steps=140,
-                     config=tiny_config(bert, block_size=64))
+    task, _ = opened(bert.Pretraining(mask_most=most, nsp_late=0.25), bert, path, batch_size=8,
+                     max_steps=140, config=tiny_config(bert, block_size=64))
     seen, lengths, a_lengths, shares, fate = set(), [], [], [], collections.Counter()
     special = torch.tensor(list(tok.special.values()))
     for step in range(140):
@@ -984,6 +986,7 @@ def test_bert_s_pairs_and_masks_are_the_paper_s(kind, most):
         idx, labels = batch["idx"], batch["mlm_labels"]
         (rows, T), mask = idx.shape, batch.get("mask", torch.ones_like(idx) == 1)
         assert rows <= 8 and batch["nsp_labels"].sum() <= (rows + 1) / 2 and T <= 64
+        assert set(batch["weights"].tolist()) == {1.0 if step < 84 else 0.25}  # of the pairs
         lengths.append(T)
         hidden, masked = labels != -100, idx == tok.special["[MASK]"]
         assert hidden.any(dim=1).all() and not torch.isin(labels[hidden], special).any()
@@ -1342,8 +1345,7 @@ def test_dropout_zeroes_a_share_and_keeps_the_mean(script):
 
 
 def test_float16_on_a_cpu(script, stories):
-    """With loss scaling: much the same losses as in float32, and float32 weights; where a gradient
-    overflows, these stay as they are."""
+    """Much the same losses and weights as in float32; where a gradient overflows, these stay."""
     for dtype in "float16", "float32":
         run(script, "--data", stories, "--out_dir", dtype, "--max_steps", 8, *SMALL, "--dropout", 0,
             "--dtype", dtype, "--lr", 0.003, "--eval_interval", 8, *(
@@ -1437,8 +1439,7 @@ EXAMPLES = {  # for each script, a table whose answer shows in the source
 
 
 def finetuning(script, source, n=40) -> list:
-    """The command that fine-tunes a model with n such examples. T5 writes at each evaluation: let
-    it write little."""
+    """The command that fine-tunes a model with n such examples. (T5 is to write little.)"""
     header, row = EXAMPLES[script.NAME]
     rows = [row.format(("cat", "dog")[i % 2]) for i in range(n)]
     return ["finetune", "--init_from", source, "--data", put("examples.csv", "\n".join(
@@ -2120,8 +2121,7 @@ def test_published_folders_that_are_something_else(name, content, match, exporte
 
 
 def test_berts_of_others_without_a_head_and_for_pairs(exported, stories, capsys):
-    """A BertModel can learn, but fill nothing in; a classifier may have been trained on pairs, or
-    have one label: then it gives a number."""
+    """A BertModel can learn but fill nothing in; a classifier may be for pairs, or for a number."""
     shutil.copytree(exported(bert), "bare")
     weights = read_safetensors("bare/model.safetensors")
     weights = {name: x for name, x in weights.items() if not name.startswith("cls.")}
