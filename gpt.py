@@ -246,7 +246,7 @@ class Attention(nn.Module):
             key, value = cache.append(key, value)
         mixed = attention(query.to(key.dtype), key, value, causal=T > 1,  # (one sees all there is)
                           dropout=self.dropout * self.training)
-        mixed = self.proj(mixed.transpose(1, 2).flatten(2).to(x.dtype))  # (B, T, C)
+        mixed = self.proj(mixed.transpose(1, 2).flatten(2).to(query.dtype))  # (B, T, C)
         return drop(mixed, self.dropout * self.training)
 
 
