@@ -1559,8 +1559,8 @@ def test_bert_labels_a_padded_text_as_the_text_alone():
         alone = model.classify(batch["idx"][row : row + 1, :length])
         assert (scores[row] - alone).abs().max() < 1e-12
         label = {"one": 1, "som": 0, "x[S": 2}[texts[row][5:8]]
-        losses.append(float(-alone.log_softmax(dim=-1)[0, label]))
-    assert float(task.loss(model, batch)[0]) == pytest.approx(sum(losses) / 3)
+        losses.append(-alone.log_softmax(dim=-1)[0, label].item())
+    assert task.loss(model, batch)[0].item() == pytest.approx(sum(losses) / 3)
     task, batch, texts = one_batch(
         bert, plain(bert), "text,text_b,label", "one,other,x", "a,b,y",
         f"{'p' * 30},{'q' * 5},x", f"{'p' * 30},{'q' * 30},y", config=config)
@@ -1583,8 +1583,8 @@ def test_t5_s_padded_sources_and_targets_change_nothing():
     sums = 0.0
     for src, tgt, mask in zip(batch["src"], batch["tgt"], batch["src_mask"]):
         src, tgt = src[None, mask], tgt[None, tgt != -100]
-        sums += float(model(src, tgt)[1]) * tgt.numel()
-    assert float(task.loss(model, batch)[0]) == pytest.approx(sums / (3 + 2 + 6), rel=1e-6)
+        sums += model(src, tgt)[1].item() * tgt.numel()
+    assert task.loss(model, batch)[0].item() == pytest.approx(sums / (3 + 2 + 6), rel=1e-6)
 
 
 @pytest.mark.parametrize("name, content", [
