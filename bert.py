@@ -458,7 +458,7 @@ class Pretraining:
     mask_prob: float = 0.15  # share of a sequence's tokens that are asked for
     mask_most: float = 0.0  # the same at a quarter of the steps, if it is more; then it falls
     short_prob: float = 0.1  # share of batches that have a random, shorter length
-    nsp_late: float = 1.0  # how much pairs count in the last two fifths (their gradient is noisy)
+    nsp_late: float = 1.0  # weight of the pairs' noisy loss in the last two fifths of the steps
 
     def __post_init__(self):
         check(self, mask_prob=(0.001, 0.999), mask_most=(0, 0.999), short_prob=(0, 1), nsp_late=0)

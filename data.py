@@ -832,7 +832,7 @@ class Run:
     eval_interval: int = 100  # steps between two evaluations, each with a checkpoint (0: an epoch)
     snapshot_interval: int = 0  # steps between two checkpoints that are kept for good (0: none)
     patience: int = 0  # stop after so many evaluations without a lower held-out loss (0: never)
-    compile: bool | None = None  # torch.compile (default: on CUDA, in 3000 steps of pretraining)
+    compile: bool | None = None  # torch.compile (default: on CUDA, to pretrain 3000 steps or more)
     freeze: int = 0  # so many of the lowest layers, and the embeddings, stay as they are
     scratch: bool = False  # forget the weights: what is learned without pretraining?
     to: str = "exported"  # the folder that export writes
