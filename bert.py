@@ -407,8 +407,8 @@ class BERT(nn.Module):
         targets = mlm_labels.flatten()[at]  # (N,)
         means = [F.cross_entropy(mlm_logits.float(), targets)]
         if nsp_labels is not None and nsp_logits is not None:
-            apart = F.cross_entropy(nsp_logits.float(), nsp_labels, reduction="none")  # (B,)
-            means.append((weights * apart).mean())
+            per_pair = F.cross_entropy(nsp_logits.float(), nsp_labels, reduction="none")  # (B,)
+            means.append((weights * per_pair).mean())
         return torch.stack(means), mlm_logits, targets, nsp_logits
 
     @torch.no_grad()
@@ -451,14 +451,14 @@ class GenerateConfig:
 
 @dataclass
 class Pretraining:
-    """What to learn from: pairs of segments with hidden tokens. (Section 9 says what it needs.) To
-    ask for more helps (Wettig et al. 2023, https://arxiv.org/abs/2202.08005), but only once pairs
-    are learned: what shows that B continues A, a name that comes again, gets hidden, too."""
+    """What to learn from: pairs of segments with hidden tokens. (Section 9 says what it needs.)
+    More hidden tokens help (Wettig et al. 2023, https://arxiv.org/abs/2202.08005), once pairs are
+    learned, for they hide what A and B share. Later the pairs' gradient is mostly noise."""
 
     mask_prob: float = 0.15  # share of a sequence's tokens that are asked for
     mask_most: float = 0.0  # the same at a quarter of the steps, if it is more; then it falls
     short_prob: float = 0.1  # share of batches that have a random, shorter length
-    nsp_late: float = 1.0  # weight of the pairs' noisy loss in the last two fifths of the steps
+    nsp_late: float = 1.0  # weight of the pairs' loss in the last two fifths of the steps
 
     def __post_init__(self):
         check(self, mask_prob=(0.001, 0.999), mask_most=(0, 0.999), short_prob=(0, 1), nsp_late=0)
@@ -547,8 +547,8 @@ class Pretraining:
         return np.where(chosen, seen, ids), np.where(chosen, ids, -100), places
 
     def make(self, pairs: list[tuple], foreign, share: float, draw, weight: float = 1.0) -> dict:
-        """A batch: idx, segments, mlm_labels (n, T) int64, places (n, M), with pairs nsp_labels
-        and weights (n,), and where something is padded, mask (n, T) bool."""
+        """A batch: idx, segments, mlm_labels (n, T) int64, places (n, M); with pairs nsp_labels and
+        weights (n,) int64, float32; where something is padded, mask (n, T) bool."""
         from data import pad
 
         ids, segments = (pad(rows, fill).numpy() for rows, fill in zip(

@@ -911,8 +911,8 @@ def commands_of(module) -> dict[str, tuple]:
     learns = [(module.Finetuning, None), (Run, TRAIN), (module.Config, ["dropout"])]
     which = dict(out_dir=own, init_from="", data="")  # "": as the run has it
     tuned = dict(kind=module.Finetuning, out_dir=f"{own}-finetuned", init_from=own, data="",
-                 log_interval=20, eval_interval=0, patience=3, dropout=None, compile=False,
-                 **module.FINETUNING["laptop"])
+                 log_interval=20, eval_interval=0, patience=3, dropout=None,
+                 compile=False, **module.FINETUNING["laptop"])  # (it would be, for each length)
     commands = dict(
         train=(train_command, sizes, first | dict(out_dir=own, kind=module.Pretraining)),
         finetune=(train_command, learns, tuned),
